@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# The front door: every target is a script of a few dozen lines in scripts/.
+
+ARCH ?= x86
+export ARCH TESTS LINUX V
+
+# Two architectures unless one was asked for.
+ifeq ($(origin ARCH),file)
+test: ARCH := x86 arm64
+endif
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+help:
+	@echo 'KVM memory-fault exits: a patch series for Linux 7.3'
+	@echo
+	@echo '  make demo     build the patched kernel, boot it under QEMU, and page a guest'
+	@echo '                by the kernel, by userfaultfd and by exits; prints a table'
+	@echo '  make test     lint, build, boot and test, x86 and arm64'
+	@echo
+	@echo '  make tree     build/7.3/linux: a git tree, the kernel plus one commit a patch'
+	@echo '  make export   write the commits of build/7.3/linux back to the patches'
+	@echo '  make mbox     out/7.3/*.patch with a cover letter, for git am or git send-email'
+	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1'
+	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
+	@echo
+	@echo '  ARCH=x86|arm64    one architecture (demo: x86; test: both)'
+	@echo '  TESTS="a b"       make test: only these tests, without lint'
+	@echo '  LINUX=path        a 7.3.y kernel, tarball or directory, instead of the package'
+	@echo '  V=1               show the commands of the kernel build'
+	@echo
+	@echo 'The kernel side is in virt/ and arch/, the tests in tools/, the order in series.'
+
+tree export mbox lint demo test clean:
+	@scripts/$@
+
+.PHONY: help tree export mbox lint demo test clean

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0
+# What the scripts of this directory share; to be sourced, not run.
+# shellcheck shell=bash
+
+set -euo pipefail
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+release=7.3
+build=$top/build/$release
+tree=$build/linux
+# Committer of every imported commit, so that the same series gives the same
+# commit ids everywhere; authors come from the patches.
+export GIT_COMMITTER_NAME=series GIT_COMMITTER_EMAIL=series@localhost
+
+# say TEXT...: one line of progress, on stderr.
+say()
+{
+	echo "$*" >&2
+}
+
+# die TEXT...: one line saying what is wrong and what to do; exit status 1.
+die()
+{
+	say "error: $*"
+	exit 1
+}
+
+# base_field NAME: a value from bases/$release.
+base_field()
+{
+	sed -n "s/^$1=//p" "$top/bases/$release"
+}
+
+# need PACKAGE...: installs the Debian packages that are missing; not root,
+# prints the command that does so and stops.
+need()
+{
+	local p missing=()
+
+	if ! command -v dpkg-query >/dev/null; then
+		say "note: no dpkg here; these Debian packages, or what they hold, are needed: $*"
+		return
+	fi
+	for p; do
+		[[ $(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null) == installed ]] ||
+			missing+=("$p")
+	done
+	((${#missing[@]})) || return 0
+	[[ $(id -u) == 0 ]] ||
+		die "packages are missing; run: sudo apt-get install -y --no-install-recommends ${missing[*]}"
+
+	lock packages
+	say "installing ${missing[*]}"
+	mkdir -p "$build"
+	{
+		apt-get -o DPkg::Lock::Timeout=600 update &&
+		DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 \
+			install -y --no-install-recommends "${missing[@]}"
+	} >"$build/apt.log" 2>&1 </dev/null ||
+		die "apt-get could not install ${missing[*]} (no network?); see $build/apt.log"
+	unlock packages
+}
+
+declare -A lock_fds
+
+# lock NAME: waits for, then holds build/.NAME.lock until unlock or exit, so
+# that two runs at once take turns. A killed run leaves no lock behind.
+lock()
+{
+	local fd
+
+	mkdir -p "$top/build"
+	exec {fd}>>"$top/build/.$1.lock"
+	if ! flock -n "$fd"; then
+		say "waiting for another run that holds build/.$1.lock"
+		flock "$fd"
+	fi
+	lock_fds[$1]=$fd
+}
+
+# unlock NAME: gives back what lock took.
+unlock()
+{
+	local fd=${lock_fds[$1]}
+
+	exec {fd}>&-
+	unset "lock_fds[$1]"
+}
+
+# space PATH GIB: stops if the file system of PATH has less than GIB free.
+space()
+{
+	local free
+
+	free=$(($(df --output=avail -k "$1" | tail -n 1) >> 20))
+	((free >= $2)) ||
+		die "$2 GiB of free space are needed under $1, $free are there"
+}
+
+# tgit ARGUMENT...: git in the kernel tree. Its refs/series/base is the
+# unmodified kernel; refs/series/saved the commit that the files of this
+# repository stood for at the last import or export; refs/series/importing is
+# there while an import changes the work tree.
+tgit()
+{
+	git -C "$tree" "$@"
+}
+
+# unsaved: prints what make tree or make clean would throw away, if anything.
+unsaved()
+{
+	[[ -d $tree/.git ]] || return 0
+	! tgit rev-parse -q --verify refs/series/importing >/dev/null || return 0
+	if [[ -n $(tgit status --porcelain | head -n 1) ]]; then
+		echo "uncommitted work"
+	elif [[ $(tgit rev-parse HEAD) != $(tgit rev-parse -q --verify refs/series/saved) ]]; then
+		echo "unexported commits"
+	fi
+}
+
+# series_patches: the patches of the series, in order, one a line.
+series_patches()
+{
+	sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' "$top/series"
+}
