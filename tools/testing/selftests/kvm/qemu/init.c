@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * PID 1 of the machine that the harness boots: run the tests of /tests.list one
+ * after the other and report them as KTAP on the virtio-serial port "ktap".
+ *
+ * The last line, END_MARKER, is the only proof that the machine lived to the
+ * end.  Whatever goes wrong here powers off without it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/swap.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+
+#define END_MARKER	"# kvm-qemu: end"
+#define MAX_TESTS	256
+#define MAX_ARGS	64
+#define KILL_SECONDS	60	/* for a killed test to be gone */
+#define KSFT_SKIP	4
+#define SWAP_BYTES	(256u << 20)
+
+struct test {
+	char *name;
+	int limit;		/* seconds */
+	char *argv[MAX_ARGS + 1];
+};
+
+static FILE *ktap;
+
+static void __attribute__((noreturn)) power_off(void)
+{
+	sync();
+	reboot(RB_POWER_OFF);
+	for (;;)
+		pause();
+}
+
+static void __attribute__((noreturn)) die(const char *what)
+{
+	fprintf(stderr, "init: %s: %s\n", what, strerror(errno));
+	power_off();
+}
+
+static void check(bool ok, const char *what)
+{
+	if (!ok)
+		die(what);
+}
+
+static void write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+	check(fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text), path);
+	close(fd);
+}
+
+static void mount_filesystems(void)
+{
+	static const char * const mounts[][2] = {
+		{ "devtmpfs",	"/dev" },
+		{ "proc",	"/proc" },
+		{ "sysfs",	"/sys" },
+		{ "tmpfs",	"/tmp" },
+		{ "tmpfs",	"/dev/shm" },
+		{ "hugetlbfs",	"/dev/hugepages" },
+		{ "debugfs",	"/sys/kernel/debug" },
+		{ "tracefs",	"/sys/kernel/tracing" },
+		{ "cgroup2",	"/sys/fs/cgroup" },
+	};
+
+	for (size_t i = 0; i < sizeof(mounts) / sizeof(mounts[0]); i++) {
+		mkdir(mounts[i][1], 0755);
+		check(!mount(mounts[i][0], mounts[i][1], mounts[i][0], 0, NULL),
+		      mounts[i][1]);
+	}
+}
+
+/* Write a swap header by hand, as there is no mkswap, and swap to zram. */
+static void enable_swap(void)
+{
+	size_t size = getpagesize();
+	char *page = calloc(1, size);
+	uint32_t *info = (uint32_t *)(page + 1024);
+	char bytes[16];
+	int fd;
+
+	snprintf(bytes, sizeof(bytes), "%u", SWAP_BYTES);
+	write_file("/sys/block/zram0/disksize", bytes);
+
+	info[0] = 1;				/* version */
+	info[1] = SWAP_BYTES / size - 1;	/* last page */
+	memcpy(page + size - 10, "SWAPSPACE2", 10);
+
+	fd = open("/dev/zram0", O_WRONLY | O_CLOEXEC);
+	check(fd >= 0 && write(fd, page, size) == (ssize_t)size, "/dev/zram0");
+	close(fd);
+	free(page);
+	check(!swapon("/dev/zram0", 0), "swapon");
+}
+
+/* Ports appear from a work item, i.e. possibly later than init. */
+static FILE *open_port(const char *want)
+{
+	for (int tries = 0; tries < 100; tries++, usleep(100000)) {
+		char name[64], dev[80];
+		FILE *f = NULL;
+		glob_t g;
+
+		if (glob("/sys/class/virtio-ports/*/name", 0, NULL, &g))
+			continue;
+
+		for (size_t i = 0; i < g.gl_pathc && !f; i++) {
+			FILE *attr = fopen(g.gl_pathv[i], "re");
+
+			if (attr && fscanf(attr, "%63s", name) == 1 && !strcmp(name, want) &&
+			    sscanf(g.gl_pathv[i], "/sys/class/virtio-ports/%63[^/]", name) == 1) {
+				snprintf(dev, sizeof(dev), "/dev/%s", name);
+				f = fopen(dev, "we");
+			}
+			if (attr)
+				fclose(attr);
+		}
+		globfree(&g);
+		if (f)
+			return f;
+	}
+
+	errno = ENODEV;
+	die(want);
+}
+
+/* One line, and one write to the port, a call. */
+static void __attribute__((format(printf, 1, 2))) report(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vfprintf(ktap, fmt, ap);
+	va_end(ap);
+	fputc('\n', ktap);
+	check(!fflush(ktap), "ktap");
+}
+
+/* A line of /tests.list is "name seconds binary [argument]...". */
+static int read_tests(struct test *tests)
+{
+	FILE *f = fopen("/tests.list", "re");
+	char *line = NULL, *word;
+	size_t size = 0;
+	int n = 0;
+
+	check(f, "/tests.list");
+	while (getline(&line, &size, f) > 0) {
+		struct test *t = &tests[n++];
+		int argc = 0;
+
+		check(n <= MAX_TESTS, "too many tests");
+		t->name = strtok(line, " \n");
+		word = strtok(NULL, " \n");
+		t->limit = word ? atoi(word) : 0;
+		while (argc < MAX_ARGS && (word = strtok(NULL, " \n")))
+			t->argv[argc++] = word;
+		check(argc && t->limit > 0, "bad line in /tests.list");
+		line = NULL;	/* the test keeps it */
+	}
+	fclose(f);
+	return n;
+}
+
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+static pid_t start_test(struct test *t, int *out)
+{
+	char path[256];
+	int fds[2];
+	pid_t pid;
+
+	check(!pipe2(fds, O_CLOEXEC), "pipe");
+	pid = fork();
+	check(pid >= 0, "fork");
+	if (!pid) {
+		setpgid(0, 0);
+		dup2(open("/dev/null", O_RDONLY), 0);
+		dup2(fds[1], 1);
+		dup2(fds[1], 2);
+		snprintf(path, sizeof(path), "/tests/%s", t->argv[0]);
+		execv(path, t->argv);
+		perror(path);
+		_exit(127);
+	}
+	close(fds[1]);
+	*out = fds[0];
+	return pid;
+}
+
+struct output {
+	char line[1024];
+	size_t len;
+	char skip[256];		/* what the test said about skipping, if anything */
+};
+
+static void end_line(struct output *o)
+{
+	char *why;
+
+	o->line[o->len] = '\0';
+	o->len = 0;
+	report("# %s", o->line);
+
+	why = strstr(o->line, "SKIP ");
+	why = why ? why + 5 : strstr(o->line, "skipping") ? o->line : NULL;
+	if (why)
+		snprintf(o->skip, sizeof(o->skip), "%s", why + strspn(why, "- "));
+}
+
+/* Pass on what the test has to say, line by line. */
+static bool read_output(struct output *o, int fd)
+{
+	char buf[1024];
+	ssize_t n = read(fd, buf, sizeof(buf));
+
+	for (ssize_t i = 0; i < n; i++) {
+		if (buf[i] != '\n')
+			o->line[o->len++] = buf[i];
+		if (buf[i] == '\n' || o->len == sizeof(o->line) - 1)
+			end_line(o);
+	}
+	return n > 0;
+}
+
+static void run_test(struct test *t, int nr)
+{
+	double start = now(), deadline = start + t->limit;
+	struct output out = { .len = 0 };
+	bool timed_out = false;
+	struct pollfd fds[2];
+	struct rusage ru;
+	int status, fd;
+	char msg[128];
+	pid_t pid;
+
+	/* For whoever reads the console log. */
+	snprintf(msg, sizeof(msg), "kvm-qemu: test %d, %s\n", nr, t->name);
+	write_file("/dev/kmsg", msg);
+
+	pid = start_test(t, &fd);
+	fds[0] = (struct pollfd){ .fd = syscall(SYS_pidfd_open, pid, 0), .events = POLLIN };
+	fds[1] = (struct pollfd){ .fd = fd, .events = POLLIN };
+	check(fds[0].fd >= 0, "pidfd_open");
+
+	while (!(fds[0].revents & POLLIN)) {
+		double left = deadline - now();
+
+		if (left <= 0) {
+			if (timed_out) {
+				report("Bail out! %s cannot be killed", t->name);
+				power_off();
+			}
+			timed_out = true;
+			deadline = now() + KILL_SECONDS;
+			kill(-pid, SIGKILL);
+			continue;
+		}
+		if (poll(fds, 2, left * 1000 + 1) > 0 && fds[1].revents &&
+		    !read_output(&out, fd))
+			fds[1].fd = -1;
+	}
+	check(wait4(pid, &status, 0, &ru) == pid, "wait4");
+
+	/*
+	 * Nothing that a test started may outlive it.  From PID 1 this spares
+	 * only PID 1.  A process that does not die is a hung task, which panics.
+	 */
+	kill(-1, SIGKILL);
+	while (waitpid(-1, NULL, 0) > 0)
+		;
+	while (read_output(&out, fd))
+		;
+	if (out.len)
+		end_line(&out);
+	close(fds[0].fd);
+	close(fd);
+
+	timeradd(&ru.ru_utime, &ru.ru_stime, &ru.ru_utime);
+	report("# %s: cpu_us=%lld wall_s=%.1f", t->name,
+	       ru.ru_utime.tv_sec * 1000000LL + ru.ru_utime.tv_usec, now() - start);
+
+	if (timed_out)
+		report("not ok %d %s # TIMEOUT after %d s", nr, t->name, t->limit);
+	else if (WIFSIGNALED(status))
+		report("not ok %d %s # signal=%d", nr, t->name, WTERMSIG(status));
+	else if (WEXITSTATUS(status) == KSFT_SKIP)
+		report("ok %d %s # SKIP %s", nr, t->name, out.skip);
+	else if (WEXITSTATUS(status))
+		report("not ok %d %s # exit=%d", nr, t->name, WEXITSTATUS(status));
+	else
+		report("ok %d %s", nr, t->name);
+}
+
+int main(void)
+{
+	static struct test tests[MAX_TESTS + 1];
+	int n;
+
+	mount_filesystems();
+	enable_swap();
+	setenv("PATH", "/tests", 1);
+	check(!chdir("/tmp"), "/tmp");
+
+	n = read_tests(tests);
+	ktap = open_port("ktap");
+	report("KTAP version 1");
+	report("1..%d", n);
+	for (int i = 0; i < n; i++)
+		run_test(&tests[i], i + 1);
+	report(END_MARKER);
+	power_off();
+}

@@ -1,0 +1,108 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# run.sh ARCH DIR LIMIT COMMAND...: run QEMU for at most LIMIT seconds, show the
+# results in DIR/ktap.log as they arrive, and judge. Only what was seen to
+# pass has passed: a test without a result has failed.
+set -euo pipefail
+
+arch=$1 dir=$2 limit=$3
+shift 3
+here=$(dirname "$0")
+list=$dir/tests.list ktap=$dir/ktap.log console=$dir/console.log log=$dir/qemu.log
+
+splat='WARNING:|BUG:|Oops|K[AC]SAN:|KFENCE:|UBSAN:|possible .* detected|suspicious RCU'
+splat+='|INFO: task .* blocked|rcu.*(stall|detected)|soft lockup|hard LOCKUP|workqueue lockup'
+splat+='|Kernel panic|[Uu]nable to handle|general protection|Internal error|Bad page'
+splat+='|Call [Tt]race|cut here|corruption|sleeping function|while atomic|refcount_t:'
+
+: > "$ktap"
+: > "$console"
+setpriv --pdeathsig KILL "$@" > "$log" 2>&1 < /dev/null &
+qemu=$!
+trap 'kill -KILL $qemu 2> /dev/null || true' EXIT
+trap 'exit 130' INT TERM HUP
+
+timeout "$limit" tail -n +1 -f --pid=$qemu "$ktap" | awk -v verbose="${V:-}" '
+	$3 ~ /^cpu_us=/ { seconds = substr($4, 8) }
+	/^(not )?ok |^Bail out!/ { print $0 " (" seconds " s)"; fflush(); next }
+	verbose { print; fflush() }' &
+wait $! || true
+
+problems=()
+if kill -0 $qemu 2> /dev/null; then
+	problems+=("no end after $limit s: QEMU was killed")
+	kill -KILL $qemu
+	wait $qemu 2> /dev/null || true
+else
+	wait $qemu || problems+=("QEMU failed with status $?: $(tail -n 1 "$log")")
+fi
+[ "$(tail -n 1 "$ktap")" = "# kvm-qemu: end" ] || problems+=("the machine did not live to the end")
+! found=$(grep -aEm1 "$splat" "$console") || problems+=("the kernel complained: $found")
+
+# Lines "status name why", and the last lines that a failed test wrote.
+verdict=$(awk -v arch="$arch" '
+	function expected(name, why,	i) {
+		for (i = 1; i <= nskips; i++)
+			if (skip[i] == name && index(why, reason[i]) == 1)
+				return 1
+		return 0
+	}
+	function judge(status, why,	i) {
+		seen[name] = 1
+		for (i = 1; status == "passed" && i <= nparts; i++)
+			if (!expected(name, part[i])) {
+				status = "failed"
+				why = "unexpected SKIP of a part: " part[i]
+			}
+		print status, name, why
+		for (i = lines > 40 ? lines - 39 : 1; status == "failed" && i <= lines; i++)
+			print "#", name, line[i]
+		lines = nparts = 0
+	}
+	FILENAME ~ /tests$/ {
+		if ($1 == "skip" && $2 == arch) {
+			skip[++nskips] = $3
+			sub(/^([^ \t]+[ \t]+){3}/, "")
+			reason[nskips] = $0
+		}
+		next
+	}
+	FILENAME ~ /tests.list$/ { plan[++nplan] = $1; next }
+	/^# / { line[++lines] = $0 }
+	/^# +ok [0-9]+.*# SKIP/ { part[++nparts] = $0; sub(/.*# SKIP */, "", part[nparts]) }
+	/^(not )?ok / {
+		nr++
+		name = plan[nr]
+		why = $0
+		sub(/^[^#]*(# )?/, "", why)
+		if ($1 == "not")
+			judge("failed", why)
+		else if (why !~ /^SKIP/)
+			judge("passed", "")
+		else if (sub(/^SKIP */, "", why) && expected(name, why))
+			judge("skipped", why)
+		else
+			judge("failed", "unexpected SKIP: " why)
+	}
+	END {
+		while (nr < nplan) {
+			name = plan[++nr]
+			judge("failed", "no result")
+		}
+	}' "$here/tests" "$list" "$ktap")
+
+count() {
+	grep -c "^$1 " <<< "$verdict" || true
+}
+
+grep -E '^(failed|#) ' <<< "$verdict" || true
+if [ ${#problems[@]} -gt 0 ]; then
+	tail -n 40 "$console"
+	printf 'failed: %s\n' "${problems[@]}"
+fi
+failed=$(count failed)
+[ "$failed" -gt 0 ] || [ ${#problems[@]} = 0 ] || failed=1
+[ "$failed" = 0 ] || echo "logs: $ktap $console $log"
+echo "$(count passed) passed, $failed failed, $(count skipped) skipped"
+[ "$failed" = 0 ]
