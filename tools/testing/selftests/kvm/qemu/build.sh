@@ -11,7 +11,7 @@ shift 3
 
 progress() {
 	local steps
-	steps=$(grep -cE '^  [A-Z]' "$log" || true)
+	steps=$(grep -cE '^  [A-Z]|gcc ' "$log" || true)
 	[ "$expected" -le "$steps" ] || steps="$steps of about $expected"
 	printf '%s: %s steps, %d:%02d' "$what" "$steps" $((SECONDS / 60)) $((SECONDS % 60))
 }

@@ -12,9 +12,9 @@ here=$(dirname "$0")
 list=$dir/tests.list ktap=$dir/ktap.log console=$dir/console.log log=$dir/qemu.log
 
 splat='WARNING:|BUG:|Oops|K[AC]SAN:|KFENCE:|UBSAN:|possible .* detected|suspicious RCU'
-splat+='|INFO: task .* blocked|rcu.*(stall|detected)|soft lockup|hard LOCKUP|workqueue lockup'
+splat+='|INFO: task .* blocked|rcu.*detected .*stall|soft lockup|hard LOCKUP|workqueue lockup'
 splat+='|Kernel panic|[Uu]nable to handle|general protection|Internal error|Bad page'
-splat+='|Call [Tt]race|cut here|corruption|sleeping function|while atomic|refcount_t:'
+splat+='|Call [Tt]race|cut here|sleeping function|while atomic|refcount_t:'
 
 : > "$ktap"
 : > "$console"
@@ -25,7 +25,7 @@ trap 'exit 130' INT TERM HUP
 
 timeout "$limit" tail -n +1 -f --pid=$qemu "$ktap" | awk -v verbose="${V:-}" '
 	$3 ~ /^cpu_us=/ { seconds = substr($4, 8) }
-	/^(not )?ok |^Bail out!/ { print $0 " (" seconds " s)"; fflush(); next }
+	/^(not )?ok |^Bail out!|^# kvm-qemu: retry/ { print $0 " (" seconds " s)"; fflush(); next }
 	verbose { print; fflush() }' &
 wait $! || true
 
@@ -96,7 +96,7 @@ count() {
 	grep -c "^$1 " <<< "$verdict" || true
 }
 
-grep -E '^(failed|#) ' <<< "$verdict" || true
+grep -E '^(failed|#) ' <<< "$verdict" | cut -c -160 || true
 if [ ${#problems[@]} -gt 0 ]; then
 	tail -n 40 "$console"
 	printf 'failed: %s\n' "${problems[@]}"
