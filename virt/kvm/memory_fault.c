@@ -8,6 +8,8 @@
 #include <linux/kvm_host.h>
 #include <linux/kvm.h>
 
+#include <trace/events/kvm.h>
+
 /*
  * Describe the access that makes the current KVM_RUN fail.  Call this only
  * where the error is on its way to userspace, never where a caller may ignore
@@ -26,7 +28,7 @@ void kvm_prepare_memory_fault_exit(struct kvm_vcpu *vcpu,
 	 * Report the type of access only to userspace that has opted in, VMMs
 	 * that don't know the flags stop the VM if one of them is set.
 	 */
-	if (kvm_slot_exit_on_missing(slot)) {
+	if (kvm_reports_memory_faults(vcpu->kvm, slot)) {
 		if (is_exec)
 			flags |= KVM_MEMORY_EXIT_FLAG_EXEC;
 		else if (is_write)
@@ -44,6 +46,7 @@ void kvm_prepare_memory_fault_exit(struct kvm_vcpu *vcpu,
 	run->memory_fault.size = size;
 
 	vcpu->memory_fault_reported = true;
+	trace_kvm_memory_fault_exit(vcpu->vcpu_id, gpa, size, flags);
 }
 
 /*
@@ -51,12 +54,19 @@ void kvm_prepare_memory_fault_exit(struct kvm_vcpu *vcpu,
  * exit_reason was left behind by an earlier KVM_RUN.  Don't rely on kvm_run to
  * tell the two apart, userspace can write it at any time.
  */
-void kvm_drop_stale_memory_fault_exit(struct kvm_vcpu *vcpu, int r)
+void kvm_finish_memory_fault_exit(struct kvm_vcpu *vcpu, int r)
 {
 	if (r != -EFAULT && r != -EHWPOISON)
 		return;
 
-	if (!vcpu->memory_fault_reported &&
-	    vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
+	if (vcpu->memory_fault_reported) {
+		++vcpu->stat.memory_fault_exits;
+		return;
+	}
+
+	WARN_ON_ONCE(IS_ENABLED(CONFIG_KVM_PROVE_MEMORY_FAULT_EXIT) &&
+		     kvm_reports_memory_faults(vcpu->kvm, NULL));
+
+	if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
 		vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
 }

@@ -9,6 +9,8 @@ arch=$1 karch=$2 limit=$3
 shift 3
 cd "$(dirname "$0")"
 
+[ $# -gt 0 ] || { echo "no test was named" >&2; exit 1; }
+
 # A selftest without a row has its source here.
 has_source() {
 	[[ $1 =~ ^[a-zA-Z0-9_-]+$ ]] && { [ -e "../$1.c" ] || [ -e "../$karch/$1.c" ]; }

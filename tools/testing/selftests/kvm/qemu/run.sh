@@ -103,6 +103,7 @@ if [ ${#problems[@]} -gt 0 ]; then
 fi
 failed=$(count failed)
 [ "$failed" -gt 0 ] || [ ${#problems[@]} = 0 ] || failed=1
+[ "$verdict" ] || failed=1
 [ "$failed" = 0 ] || echo "logs: $ktap $console $log"
 echo "$(count passed) passed, $failed failed, $(count skipped) skipped"
 [ "$failed" = 0 ]
