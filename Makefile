@@ -23,17 +23,20 @@ help:
 	@echo '  make tree     build/7.3/linux: a git tree, the kernel plus one commit a patch'
 	@echo '  make export   write the commits of build/7.3/linux back to the patches'
 	@echo '  make mbox     out/7.3/*.patch with a cover letter, for git am or git send-email'
-	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1'
+	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1,'
+	@echo '                the inventory of -EFAULT, the documentation'
+	@echo '  make builds   build KVM and its selftests at each commit, in many configurations'
+	@echo '  make docs     out/docs: the documentation as HTML'
 	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
 	@echo
-	@echo '  ARCH=x86|arm64    one architecture (demo: x86; test: both)'
+	@echo '  ARCH=x86|arm64    one architecture (demo: x86; test: both); arm64-16k: 16K pages'
 	@echo '  TESTS="a b"       make test: only these tests, without lint'
 	@echo '  LINUX=path        a 7.3.y kernel, tarball or directory, instead of the package'
 	@echo '  V=1               show the commands of the kernel build'
 	@echo
 	@echo 'The kernel side is in virt/ and arch/, the tests in tools/, the order in series.'
 
-tree export mbox lint demo test clean:
+tree export mbox lint builds docs demo test clean:
 	@scripts/$@
 
-.PHONY: help tree export mbox lint demo test clean
+.PHONY: help tree export mbox lint builds docs demo test clean
