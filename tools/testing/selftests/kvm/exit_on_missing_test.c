@@ -19,8 +19,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 
+#include <linux/bitfield.h>
+#include <linux/bitmap.h>
 #include <linux/bits.h>
+#include <linux/log2.h>
 #include <linux/mempolicy.h>
 #include <linux/sizes.h>
 #include <linux/userfaultfd.h>
@@ -48,6 +52,8 @@
 #define DEBUG_PORT		0x80
 #elif defined(__aarch64__)
 #define RET_INSN		0xd65f03c0ul
+#define MTE_GRANULE_SIZE	16ul
+#define MTE_TAG_MASK		GENMASK(59, 56)
 #else
 #error "Unsupported architecture"
 #endif
@@ -59,12 +65,23 @@ enum guest_op {
 	GUEST_READ,
 	GUEST_WRITE,
 	GUEST_EXEC,
-	/* The remaining operations exist only on x86. */
+	/* These operations exist only on x86. */
 	GUEST_RMW,
 	GUEST_OUTS,
 	GUEST_STI,
+	/* These operations exist only on arm64. */
+	GUEST_LDADD,
+	GUEST_CAS,
+	GUEST_LDXR_STXR,
+	GUEST_DC_ZVA,
+	GUEST_DC_CIVAC,
+	GUEST_LDR_POST,
+	GUEST_STR_PRE,
+	GUEST_LDG,
+	GUEST_STG,
 };
 
+/* The flags are alternatives, an exit has exactly one of them. */
 static const struct access_type {
 	const char *name;
 	u64 flags;
@@ -75,7 +92,31 @@ static const struct access_type {
 	[GUEST_RMW]   = { "read-modify-write", KVM_MEMORY_EXIT_FLAG_WRITE },
 	[GUEST_OUTS]  = { "outs", 0 },
 	[GUEST_STI]   = { "sti", 0 },
+
+	[GUEST_LDADD]	  = { "ldadd", KVM_MEMORY_EXIT_FLAG_READ | KVM_MEMORY_EXIT_FLAG_WRITE },
+	[GUEST_CAS]	  = { "cas", KVM_MEMORY_EXIT_FLAG_READ | KVM_MEMORY_EXIT_FLAG_WRITE },
+	[GUEST_LDXR_STXR] = { "ldxr", KVM_MEMORY_EXIT_FLAG_READ },
+	[GUEST_DC_ZVA]	  = { "dc zva", KVM_MEMORY_EXIT_FLAG_WRITE },
+	[GUEST_DC_CIVAC]  = { "dc civac", KVM_MEMORY_EXIT_FLAG_WRITE },
+	[GUEST_LDR_POST]  = { "post-indexed load", KVM_MEMORY_EXIT_FLAG_READ },
+	[GUEST_STR_PRE]	  = { "pre-indexed store", KVM_MEMORY_EXIT_FLAG_WRITE },
+	[GUEST_LDG]	  = { "load of a tag", KVM_MEMORY_EXIT_FLAG_READ },
+	[GUEST_STG]	  = { "store of a tag", KVM_MEMORY_EXIT_FLAG_WRITE },
 };
+
+static u64 access_flags(enum guest_op op)
+{
+	u64 flags = access_types[op].flags;
+
+	/*
+	 * An atomic instruction on a missing page is a read, as a read would
+	 * fault as well.  QEMU says so only if it emulates no more than one CPU.
+	 */
+	if (flags & KVM_MEMORY_EXIT_FLAG_READ && get_nprocs_conf() == 1)
+		flags = KVM_MEMORY_EXIT_FLAG_READ;
+
+	return flags;
+}
 
 struct guest_cmd {
 	u64 op;
@@ -85,6 +126,63 @@ struct guest_cmd {
 };
 
 static struct guest_cmd guest_cmds[MAX_VCPUS];
+
+#ifdef __aarch64__
+static void guest_arm64_insn(struct guest_cmd *cmd, u64 *mem)
+{
+	u64 val = cmd->val, tmp, status;
+
+	switch (cmd->op) {
+	case GUEST_LDADD:
+		asm volatile(".arch_extension lse\n\t"
+			     "ldadd %2, %0, %1"
+			     : "=r" (val), "+Q" (*mem) : "r" (1ul));
+		break;
+	case GUEST_CAS:
+		asm volatile(".arch_extension lse\n\t"
+			     "cas %0, %2, %1"
+			     : "+r" (val), "+Q" (*mem) : "r" (~val));
+		break;
+	case GUEST_LDXR_STXR:
+		asm volatile("1: ldxr %0, %3\n\t"
+			     "add %1, %0, #1\n\t"
+			     "stxr %w2, %1, %3\n\t"
+			     "cbnz %w2, 1b"
+			     : "=&r" (val), "=&r" (tmp), "=&r" (status), "+Q" (*mem));
+		break;
+	case GUEST_DC_ZVA:
+		asm volatile("dc zva, %0" : : "r" (mem) : "memory");
+		break;
+	case GUEST_DC_CIVAC:
+		asm volatile("dc civac, %0" : : "r" (mem) : "memory");
+		break;
+	case GUEST_LDR_POST:
+		asm volatile("ldr %0, [%1], #8" : "=&r" (val), "+r" (mem) : : "memory");
+		break;
+	case GUEST_STR_PRE:
+		mem--;
+		asm volatile("str %1, [%0, #8]!" : "+r" (mem) : "r" (~val) : "memory");
+		break;
+	case GUEST_LDG:
+		tmp = 0;
+		asm volatile(".arch armv8.5-a+memtag\n\t"
+			     "ldg %0, [%1]"
+			     : "+r" (tmp) : "r" ((u64)mem & ~(MTE_GRANULE_SIZE - 1)) : "memory");
+		val = FIELD_GET(MTE_TAG_MASK, tmp);
+		break;
+	case GUEST_STG:
+		asm volatile(".arch armv8.5-a+memtag\n\t"
+			     "stg %0, [%1]"
+			     : : "r" (FIELD_PREP(MTE_TAG_MASK, val)),
+			       "r" ((u64)mem & ~(MTE_GRANULE_SIZE - 1)) : "memory");
+		break;
+	}
+
+	/* Reveal whether base registers were updated, and how often. */
+	WRITE_ONCE(cmd->gva, (u64)mem);
+	WRITE_ONCE(cmd->val, val);
+}
+#endif
 
 static void guest_code(u64 vcpu_id)
 {
@@ -112,6 +210,10 @@ static void guest_code(u64 vcpu_id)
 			break;
 		case GUEST_STI:
 			asm volatile("sti");
+			break;
+#elif defined(__aarch64__)
+		case GUEST_LDADD ... GUEST_STG:
+			guest_arm64_insn(cmd, mem);
 			break;
 #endif
 		default:
@@ -557,21 +659,27 @@ static void vcpu_expect_done(struct env *env, struct kvm_vcpu *vcpu)
 		    vcpu->run->memory_fault.gpa, vcpu->run->memory_fault.flags);
 }
 
-static void vcpu_expect_exit(struct env *env, struct kvm_vcpu *vcpu)
+static void vcpu_expect_exit_for(struct env *env, struct kvm_vcpu *vcpu, u64 gpa, u64 flags)
 {
 	struct kvm_run *run = vcpu->run;
 	struct guest_cmd *cmd = &env->cmds[vcpu->id];
-	u64 gpa = cmd->gva & ~(host_page_size() - 1);
-	u64 flags = access_types[cmd->op].flags;
 	bool done = vcpu_try_access(env, vcpu);
 
 	TEST_ASSERT(!done, "%s of 0x%lx: no exit", access_name(env, vcpu), cmd->gva);
-	TEST_ASSERT(run->memory_fault.flags == flags && run->memory_fault.gpa == gpa &&
+	TEST_ASSERT(is_power_of_2(run->memory_fault.flags) &&
+		    !(run->memory_fault.flags & ~flags) && run->memory_fault.gpa == gpa &&
 		    run->memory_fault.size == host_page_size(),
 		    "%s of 0x%lx: flags 0x%llx, gpa 0x%llx, size 0x%llx, expected 0x%lx, 0x%lx, 0x%lx",
 		    access_name(env, vcpu), cmd->gva, run->memory_fault.flags,
 		    run->memory_fault.gpa, run->memory_fault.size, flags, gpa, host_page_size());
 	assert_no_uffd_msg(env);
+}
+
+static void vcpu_expect_exit(struct env *env, struct kvm_vcpu *vcpu)
+{
+	struct guest_cmd *cmd = &env->cmds[vcpu->id];
+
+	vcpu_expect_exit_for(env, vcpu, cmd->gva & ~(host_page_size() - 1), access_flags(cmd->op));
 }
 
 static void set_access(struct env *env, enum guest_op op, int page, u64 val)
@@ -589,6 +697,12 @@ static void expect_exits(struct env *env)
 {
 	vcpu_expect_exit(env, env->vcpu);
 	vcpu_expect_exit(env, env->vcpu);
+}
+
+static void __maybe_unused expect_exits_for(struct env *env, int page, u64 flags)
+{
+	vcpu_expect_exit_for(env, env->vcpu, TEST_GPA + page_offset(page), flags);
+	vcpu_expect_exit_for(env, env->vcpu, TEST_GPA + page_offset(page), flags);
 }
 
 static void guest_read(struct env *env, int page, u64 val)
@@ -911,6 +1025,27 @@ TEST_F(exit_on_missing, huge_zero_page)
 	guest_read(env, middle + 1, page_content(0));
 }
 
+/* Expect the given pages, in ascending order, and no other page to be dirty. */
+static void expect_dirty(struct env *env, const int *pages, int nr)
+{
+	int nr_pages = env->size / host_page_size(), i;
+	unsigned long *bitmap = bitmap_zalloc(nr_pages);
+
+	kvm_vm_get_dirty_log(env->vm, TEST_SLOT, bitmap);
+	for (i = 0; i < nr_pages; i++) {
+		bool expected = nr && *pages == i;
+
+		TEST_ASSERT(test_bit(i, bitmap) == expected, "Page %d is %s", i,
+			    expected ? "not dirty" : "dirty");
+		if (expected) {
+			pages++;
+			nr--;
+		}
+	}
+
+	free(bitmap);
+}
+
 FIXTURE(huge_page) {
 	struct env env;
 };
@@ -919,6 +1054,7 @@ FIXTURE_VARIANT(huge_page) {
 	int (*populate)(struct env *env, size_t offset, size_t len);
 	enum backing_type backing;
 	u64 uffd_mode;
+	u32 slot_flags;
 };
 
 FIXTURE_VARIANT_ADD(huge_page, thp) {
@@ -938,11 +1074,26 @@ FIXTURE_VARIANT_ADD(huge_page, hugetlb_shared) {
 	.uffd_mode = UFFDIO_REGISTER_MODE_MINOR,
 };
 
+/* KVM maps the huge page as small pages, to log which of them is written. */
+FIXTURE_VARIANT_ADD(huge_page, thp_dirty_log) {
+	.populate = populate_write,
+	.backing = BACKING_THP,
+	.slot_flags = KVM_MEM_LOG_DIRTY_PAGES,
+};
+
+FIXTURE_VARIANT_ADD(huge_page, hugetlb_dirty_log) {
+	.populate = uffd_copy,
+	.backing = BACKING_HUGETLB,
+	.uffd_mode = UFFDIO_REGISTER_MODE_MISSING,
+	.slot_flags = KVM_MEM_LOG_DIRTY_PAGES,
+};
+
 FIXTURE_SETUP(huge_page)
 {
 	const struct env_config config = {
 		.backing = variant->backing,
 		.uffd_mode = variant->uffd_mode,
+		.slot_flags = variant->slot_flags,
 	};
 	const char *reason = env_create(&self->env, &config);
 
@@ -981,11 +1132,15 @@ TEST_F(huge_page, fault_in_the_middle)
 	expect_done(env);
 	TEST_ASSERT_EQ(READ_ONCE(*host_word(env->hva, middle)), ~page_content(middle));
 
-	guest_read(env, middle + 1, backings[variant->backing].hugetlb ?
-		   page_content(middle + 1) : 0);
 	guest_write(env, middle - 1, page_content(0));
 	guest_write(env, 0, page_content(0));
 	guest_write(env, nr_pages - 1, page_content(0));
+
+	if (variant->slot_flags & KVM_MEM_LOG_DIRTY_PAGES)
+		expect_dirty(env, (int[]){ 0, middle - 1, middle, nr_pages - 1 }, 4);
+
+	guest_read(env, middle + 1, backings[variant->backing].hugetlb ?
+		   page_content(middle + 1) : 0);
 }
 
 /* The access is not allowed to begin with, still KVM doesn't tell why. */
@@ -1141,7 +1296,7 @@ TEST_F(exit_on_missing, pfnmap)
 	struct env *env = &self->env;
 	u64 val, nr_pages;
 	struct stat st;
-	int fd, i;
+	int fd, i, r;
 
 	fd = open_bar();
 	if (fd < 0)
@@ -1155,6 +1310,15 @@ TEST_F(exit_on_missing, pfnmap)
 	close(fd);
 
 	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+
+	/* pKVM on arm64 maps only memory, whether the slot has the flag or not. */
+	set_slot_flag(env, false, false);
+	set_access(env, GUEST_READ, nr_pages - 1, 0);
+	r = _vcpu_run(env->vcpu);
+	if (r == -1 && errno == EINVAL)
+		SKIP(return, "KVM can't map a BAR");
+	TEST_ASSERT(!r, KVM_IOCTL_ERROR(KVM_RUN, r));
+	set_slot_flag(env, true, false);
 
 	for (i = 0; i < nr_pages; i++) {
 		val = page_content(i);
@@ -1796,6 +1960,437 @@ TEST_F(exit_on_missing, emulation)
 	WRITE_ONCE(env->expect_uffd_msgs, false);
 	set_access(env, GUEST_READ, 1, 0);
 	expect_exits(env);
+}
+#endif
+
+#ifdef __aarch64__
+#define vcpu_has_feature(vcpu, reg, field)					\
+	(!!FIELD_GET(reg##_##field, vcpu_get_reg(vcpu, KVM_ARM64_SYS_REG(SYS_##reg))))
+
+FIXTURE(instruction) {
+	struct env env;
+};
+
+FIXTURE_VARIANT(instruction) {
+	enum guest_op op;
+};
+
+FIXTURE_VARIANT_ADD(instruction, ldadd) { .op = GUEST_LDADD };
+FIXTURE_VARIANT_ADD(instruction, cas) { .op = GUEST_CAS };
+FIXTURE_VARIANT_ADD(instruction, ldxr_stxr) { .op = GUEST_LDXR_STXR };
+FIXTURE_VARIANT_ADD(instruction, dc_zva) { .op = GUEST_DC_ZVA };
+FIXTURE_VARIANT_ADD(instruction, dc_civac) { .op = GUEST_DC_CIVAC };
+FIXTURE_VARIANT_ADD(instruction, ldr_post) { .op = GUEST_LDR_POST };
+FIXTURE_VARIANT_ADD(instruction, str_pre) { .op = GUEST_STR_PRE };
+
+FIXTURE_SETUP(instruction)
+{
+	struct env *env = &self->env;
+
+	TEST_ASSERT(!env_create(env, &anon_config), "Unexpected skip");
+
+	if ((variant->op == GUEST_LDADD || variant->op == GUEST_CAS) &&
+	    !vcpu_has_feature(env->vcpu, ID_AA64ISAR0_EL1, ATOMIC))
+		SKIP(return, "no atomic instructions");
+
+	if (variant->op == GUEST_DC_ZVA && FIELD_GET(DCZID_EL0_DZP_MASK, read_sysreg(dczid_el0)))
+		SKIP(return, "no DC ZVA");
+}
+
+FIXTURE_TEARDOWN(instruction)
+{
+	env_destroy(&self->env);
+}
+
+static u64 instruction_result(enum guest_op op, u64 val)
+{
+	switch (op) {
+	case GUEST_LDADD:
+	case GUEST_LDXR_STXR:
+		return val + 1;
+	case GUEST_CAS:
+	case GUEST_STR_PRE:
+		return ~val;
+	case GUEST_DC_ZVA:
+		return 0;
+	default:
+		return val;
+	}
+}
+
+/* Exits have no effect on memory and registers, the instruction is executed once. */
+TEST_F(instruction, executed_once)
+{
+	struct env *env = &self->env;
+	struct guest_cmd *cmd = &env->cmds[0];
+	enum guest_op op = variant->op;
+	u64 val, gva, result;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		val = i ? 0 : page_content(i);
+		set_access(env, op, i, val);
+		gva = cmd->gva;
+
+		if (op == GUEST_DC_CIVAC && vcpu_try_access(env, env->vcpu))
+			SKIP(return, "cache maintenance doesn't access memory");
+		expect_exits(env);
+
+		/* A page that is populated for reading can't be written. */
+		do_populate(env, i ? uffd_zeropage : uffd_copy, i);
+		if (i && op != GUEST_LDR_POST) {
+			expect_exits_for(env, i, KVM_MEMORY_EXIT_FLAG_WRITE);
+			do_populate(env, populate_write, i);
+		}
+		expect_done(env);
+
+		TEST_ASSERT_EQ(cmd->val, val);
+		TEST_ASSERT_EQ(cmd->gva, op == GUEST_LDR_POST ? gva + sizeof(u64) : gva);
+		result = READ_ONCE(*host_word(env->hva, i));
+		TEST_ASSERT_EQ(result, instruction_result(op, val));
+	}
+}
+
+#define S1PTW_GVA		0x100000000ul
+
+FIXTURE(s1ptw) {
+	struct env env;
+};
+
+FIXTURE_VARIANT(s1ptw) {
+	/* The CPU sets the access flag, i.e. has to write the page table. */
+	bool set_af;
+	u32 slot_flags;
+};
+
+FIXTURE_VARIANT_ADD(s1ptw, no_af) {};
+FIXTURE_VARIANT_ADD(s1ptw, set_af) { .set_af = true };
+FIXTURE_VARIANT_ADD(s1ptw, no_af_dirty_log) { .slot_flags = KVM_MEM_LOG_DIRTY_PAGES };
+FIXTURE_VARIANT_ADD(s1ptw, set_af_dirty_log) {
+	.set_af = true,
+	.slot_flags = KVM_MEM_LOG_DIRTY_PAGES,
+};
+
+FIXTURE_SETUP(s1ptw)
+{
+	const struct env_config config = {
+		.backing = BACKING_SHMEM_PRIVATE,
+		.uffd_mode = UFFDIO_REGISTER_MODE_MINOR,
+		.slot_flags = variant->slot_flags,
+	};
+	struct env *env = &self->env;
+	const char *reason = env_create(env, &config);
+	struct kvm_vcpu *vcpu = env->vcpu;
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	if (!variant->set_af)
+		return;
+
+	if (!vcpu_has_feature(vcpu, ID_AA64MMFR1_EL1, HAFDBS))
+		SKIP(return, "no hardware update of the access flag");
+
+	vcpu_set_reg(vcpu, ctxt_reg_alias(vcpu, SYS_TCR_EL1), TCR_HA |
+		     vcpu_get_reg(vcpu, ctxt_reg_alias(vcpu, SYS_TCR_EL1)));
+}
+
+FIXTURE_TEARDOWN(s1ptw)
+{
+	env_destroy(&self->env);
+}
+
+/* The access to a page table is a read, and a write only to update an entry. */
+TEST_F(s1ptw, read_write_fetch)
+{
+	struct env *env = &self->env;
+	struct kvm_vm *vm = env->vm;
+	size_t size = host_page_size();
+	u64 *table, *parent, *pte;
+	size_t table_offset;
+	int op, page, i, r;
+
+	/*
+	 * Map the slot once more, and move the last level of the page tables to
+	 * page 0, to its end as a guest page may be smaller than a host page.
+	 */
+	virt_map(vm, S1PTW_GVA, TEST_GPA, env->size / vm->page_size);
+	parent = virt_get_pte_hva_at_level(vm, S1PTW_GVA, 2);
+	table = virt_get_pte_hva(vm, S1PTW_GVA);
+	table_offset = size - vm->page_size;
+	for (i = 0; variant->set_af && i < env->size / vm->page_size; i++)
+		table[i] &= ~PTE_AF;
+	memcpy(env->alias + table_offset, table, vm->page_size);
+	memset(table, 0, vm->page_size);
+	*parent = (TEST_GPA + table_offset) | (*parent & (vm->page_size - 1));
+
+	for (op = GUEST_READ; op <= GUEST_EXEC; op++) {
+		page = op + 1;
+		WRITE_ONCE(*host_word(env->alias, page), page_content(page));
+		vcpu_set_access(env, env->vcpu, op, S1PTW_GVA + page_offset(page) + word_offset(),
+				~page_content(page));
+
+		expect_exits_for(env, 0, KVM_MEMORY_EXIT_FLAG_READ);
+		do_populate(env, uffd_continue, 0);
+
+		/*
+		 * It's up to the CPU whether it sets the flag if the access is
+		 * going to fault, thus don't make it choose.
+		 */
+		if (!variant->set_af)
+			expect_exits_for(env, page, access_flags(op));
+		do_populate(env, uffd_continue, page);
+		do_populate(env, populate_write, page);
+
+		if (variant->set_af) {
+			expect_exits_for(env, 0, KVM_MEMORY_EXIT_FLAG_WRITE);
+			do_populate(env, populate_write, 0);
+		}
+		expect_done(env);
+
+		if (op == GUEST_READ)
+			TEST_ASSERT_EQ(env->cmds[0].val, page_content(page));
+		else if (op == GUEST_WRITE)
+			TEST_ASSERT_EQ(READ_ONCE(*host_word(env->hva, page)), ~page_content(page));
+
+		pte = env->hva + table_offset;
+		pte += (page_offset(page) + word_offset()) / vm->page_size;
+		TEST_ASSERT(READ_ONCE(*pte) & PTE_AF, "No access flag in PTE 0x%lx", *pte);
+
+		if (variant->slot_flags & KVM_MEM_LOG_DIRTY_PAGES) {
+			int dirty[2] = {}, nr = 0;
+
+			if (variant->set_af)
+				dirty[nr++] = 0;
+			if (op == GUEST_WRITE)
+				dirty[nr++] = page;
+			expect_dirty(env, dirty, nr);
+		}
+
+		/* Let the page table be missing again. */
+		r = madvise(env->hva, size, MADV_DONTNEED);
+		TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("madvise()", r));
+	}
+}
+
+#define MT_NORMAL_TAGGED	7
+
+FIXTURE(mte) {
+	struct env env;
+};
+
+FIXTURE_SETUP(mte)
+{
+	struct env *env = &self->env;
+	struct kvm_vcpu *vcpu;
+	u64 *pte, reg;
+	int i;
+
+	if (!kvm_check_cap(KVM_CAP_ARM_MTE))
+		SKIP(return, "no memory tagging");
+
+	test_wants_mte();
+	TEST_ASSERT(!env_create(env, &anon_config), "Unexpected skip");
+	vcpu = env->vcpu;
+
+	reg = ctxt_reg_alias(vcpu, SYS_SCTLR_EL1);
+	vcpu_set_reg(vcpu, reg, vcpu_get_reg(vcpu, reg) | SCTLR_EL1_ATA);
+	reg = ctxt_reg_alias(vcpu, SYS_MAIR_EL1);
+	vcpu_set_reg(vcpu, reg, vcpu_get_reg(vcpu, reg) |
+		     MAIR_ATTRIDX(MAIR_ATTR_NORMAL_TAGGED, MT_NORMAL_TAGGED));
+
+	for (i = 0; i < env->size; i += env->vm->page_size) {
+		pte = virt_get_pte_hva(env->vm, TEST_GVA + i);
+		*pte = (*pte & ~PTE_ATTRINDX_MASK) | PTE_ATTRINDX(MT_NORMAL_TAGGED);
+	}
+}
+
+FIXTURE_TEARDOWN(mte)
+{
+	env_destroy(&self->env);
+}
+
+/*
+ * Return the tag of what set_access() accesses.  Don't look at the other tags,
+ * QEMU 7.2 keeps no more than two of them per page.
+ */
+static u8 host_get_tag(struct env *env, int page)
+{
+	size_t nr_tags = host_page_size() / MTE_GRANULE_SIZE;
+	u8 *tags = malloc(nr_tags), tag;
+	struct kvm_arm_copy_mte_tags copy_tags = {
+		.guest_ipa = TEST_GPA + page_offset(page),
+		.length = host_page_size(),
+		.addr = tags,
+		.flags = KVM_ARM_TAGS_FROM_GUEST,
+	};
+	int r;
+
+	TEST_ASSERT(tags, "malloc() failed");
+	memset(tags, 0xff, nr_tags);
+	r = __vm_ioctl(env->vm, KVM_ARM_MTE_COPY_TAGS, &copy_tags);
+	TEST_ASSERT(r == host_page_size(), KVM_IOCTL_ERROR(KVM_ARM_MTE_COPY_TAGS, r));
+
+	tag = tags[word_offset() / MTE_GRANULE_SIZE];
+	free(tags);
+	return tag;
+}
+
+static void guest_expect_tag(struct env *env, int page, u8 tag)
+{
+	set_access(env, GUEST_LDG, page, ~0ul);
+	expect_done(env);
+	TEST_ASSERT_EQ(env->cmds[0].val, tag);
+	TEST_ASSERT_EQ(host_get_tag(env, page), tag);
+}
+
+FIXTURE_VARIANT(mte) {
+	int prot;
+};
+
+FIXTURE_VARIANT_ADD(mte, untagged_in_host) { .prot = PROT_READ | PROT_WRITE };
+FIXTURE_VARIANT_ADD(mte, tagged_in_host) { .prot = PROT_READ | PROT_WRITE | PROT_MTE };
+
+TEST_F(mte, tags)
+{
+	struct env *env = &self->env;
+	int r;
+
+	r = mprotect(env->hva, env->size, variant->prot);
+	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("mprotect()", r));
+
+	set_access(env, GUEST_LDG, 0, ~0ul);
+	expect_exits(env);
+	do_populate(env, uffd_copy, 0);
+	guest_expect_tag(env, 0, 0);
+	set_access(env, GUEST_STG, 0, 5);
+	expect_done(env);
+	guest_expect_tag(env, 0, 5);
+	guest_read(env, 0, page_content(0));
+
+	set_access(env, GUEST_STG, 1, 9);
+	expect_exits(env);
+	do_populate(env, uffd_copy, 1);
+	expect_done(env);
+	guest_expect_tag(env, 1, 9);
+	guest_read(env, 1, page_content(1));
+
+	set_access(env, GUEST_LDG, 2, ~0ul);
+	expect_exits(env);
+	do_populate(env, uffd_zeropage, 2);
+	expect_done(env);
+	TEST_ASSERT_EQ(env->cmds[0].val, 0);
+	set_access(env, GUEST_STG, 2, 3);
+	expect_exits(env);
+	do_populate(env, populate_write, 2);
+	expect_done(env);
+	guest_expect_tag(env, 2, 3);
+
+	/* The ioctl isn't about a vCPU, it goes to userfaultfd. */
+	WRITE_ONCE(env->expect_uffd_msgs, true);
+	TEST_ASSERT_EQ(host_get_tag(env, 3), 0);
+	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), 1);
+	guest_read(env, 3, page_content(3));
+}
+
+static void remap(struct env *env, int prot, int flags, int fd)
+{
+	void *mem = mmap(env->hva, env->size, prot, MAP_PRIVATE | MAP_FIXED | flags, fd, 0);
+
+	TEST_ASSERT(mem == env->hva, __KVM_SYSCALL_ERROR("mmap()", (int)(u64)mem));
+}
+
+/*
+ * KVM doesn't map memory that can't have tags, be it present or not.  It does
+ * not let such memory into a memslot either, thus put it there afterwards.
+ */
+TEST_F(mte, no_tags_allowed)
+{
+	struct env *env = &self->env;
+	struct kvm_vcpu *vcpu = env->vcpu;
+	int fd, op, r;
+
+	fd = open("/dev/zero", O_RDWR | O_CLOEXEC);
+	TEST_ASSERT(fd >= 0, "Can't open /dev/zero, errno = %d", errno);
+
+	for (op = GUEST_READ; op <= GUEST_EXEC; op++) {
+		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		set_slot_flag(env, false, false);
+		remap(env, PROT_READ | PROT_WRITE, 0, fd);
+		set_access(env, op, op, page_content(op));
+		r = _vcpu_run(vcpu);
+		TEST_ASSERT(r == -1 && errno == EFAULT, "KVM_RUN = %d, errno = %d", r, errno);
+		TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_UNKNOWN);
+
+		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		set_slot_flag(env, true, false);
+		remap(env, PROT_READ | PROT_WRITE, 0, fd);
+		expect_exits(env);
+		do_populate(env, populate_write, op);
+		expect_exits(env);
+
+		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		expect_exits(env);
+		WRITE_ONCE(*host_word(env->hva, op), page_content(op));
+		expect_done(env);
+		TEST_ASSERT_EQ(env->cmds[0].val, page_content(op));
+	}
+
+	close(fd);
+}
+
+static int fd_ioctl(int fd, unsigned long cmd, void *arg)
+{
+	return ioctl(fd, cmd, arg) ? errno : 0;
+}
+
+/* The memory of a protected VM is pinned, and isn't userspace's to provide. */
+TEST_F(exit_on_missing, protected_vm)
+{
+	u64 type = KVM_VM_TYPE_ARM_PROTECTED | kvm_check_cap(KVM_CAP_ARM_VM_IPA_SIZE);
+	size_t size = host_page_size();
+	struct kvm_userspace_memory_region region = {
+		.flags = KVM_MEM_EXIT_ON_MISSING,
+		.memory_size = size,
+		.userspace_addr = (u64)kvm_mmap(size, PROT_READ | PROT_WRITE,
+						MAP_PRIVATE | MAP_ANONYMOUS, -1),
+	};
+	struct kvm_userspace_memory_region2 region2 = {
+		.flags = region.flags,
+		.memory_size = region.memory_size,
+		.userspace_addr = region.userspace_addr,
+	};
+	struct kvm_enable_cap enable_cap = {
+		.cap = KVM_CAP_MEMORY_FAULT_EXIT,
+		.args[0] = kvm_check_cap(KVM_CAP_MEMORY_FAULT_EXIT),
+	};
+	int kvm_fd, vm_fd, r;
+
+	kvm_fd = open_kvm_dev_path_or_exit();
+	vm_fd = __kvm_ioctl(kvm_fd, KVM_CREATE_VM, (void *)type);
+	close(kvm_fd);
+	if (vm_fd < 0)
+		SKIP(return, "no protected VMs");
+
+	r = __kvm_ioctl(vm_fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_MEMORY_FAULT_EXIT);
+	TEST_ASSERT_EQ(r, 0);
+	r = __kvm_ioctl(vm_fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_EXIT_ON_MISSING);
+	TEST_ASSERT_EQ(r, 0);
+	r = fd_ioctl(vm_fd, KVM_ENABLE_CAP, &enable_cap);
+	expect_errno("KVM_ENABLE_CAP", r, EINVAL);
+	r = fd_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+	expect_errno("KVM_SET_USER_MEMORY_REGION", r, EPERM);
+	r = fd_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION2, &region2);
+	expect_errno("KVM_SET_USER_MEMORY_REGION2", r, EPERM);
+
+	/* See the flag being at fault, also if it's set later on. */
+	region.flags = 0;
+	kvm_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+	region.flags = KVM_MEM_EXIT_ON_MISSING;
+	r = fd_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+	expect_errno("KVM_SET_USER_MEMORY_REGION", r, EPERM);
+
+	close(vm_fd);
 }
 #endif
 

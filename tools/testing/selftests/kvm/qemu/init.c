@@ -21,6 +21,7 @@
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
@@ -29,6 +30,8 @@
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
+
+#include <linux/kvm.h>
 
 #include "../../kselftest.h"
 
@@ -119,6 +122,21 @@ static void enable_swap(void)
 	close(fd);
 	free(page);
 	check(!swapon("/dev/zram0", 0), "swapon");
+}
+
+/*
+ * KVM patches the scheduler when the first VM comes and when the last one goes,
+ * i.e. many times a test.  With TCG on two CPUs, KVM now and then isn't told that
+ * a vCPU is scheduled out, and is told when it's scheduled in: the kernel warns,
+ * or a CPU hangs.  That isn't seen if the code is patched only once.
+ */
+static void keep_vm(void)
+{
+	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+
+	/* It's up to the tests to complain. */
+	if (kvm < 0 || ioctl(kvm, KVM_CREATE_VM, 0) < 0)
+		perror("/dev/kvm");
 }
 
 /* Ports appear from a work item, i.e. possibly later than init. */
@@ -413,6 +431,7 @@ int main(void)
 
 	mount_filesystems();
 	enable_swap();
+	keep_vm();
 	setenv("PATH", "/tests", 1);
 	check(!chdir("/tmp"), "/tmp");
 

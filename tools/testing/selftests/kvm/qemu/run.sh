@@ -63,7 +63,7 @@ verdict=$(awk -v arch="$arch" '
 	FILENAME ~ /tests$/ {
 		if ($1 == "skip" && $2 == arch) {
 			skip[++nskips] = $3
-			sub(/^([^ \t]+[ \t]+){3}/, "")
+			sub(/^[^ \t]+[ \t]+[^ \t]+[ \t]+[^ \t]+[ \t]+/, "")
 			reason[nskips] = $0
 		}
 		next
