@@ -6,7 +6,6 @@
  * whose kvm_run describes the guest memory that could not be accessed.
  */
 #include <linux/kvm_host.h>
-#include <linux/kvm.h>
 
 #include <trace/events/kvm.h>
 
@@ -48,6 +47,7 @@ void kvm_prepare_memory_fault_exit(struct kvm_vcpu *vcpu,
 	vcpu->memory_fault_reported = true;
 	trace_kvm_memory_fault_exit(vcpu->vcpu_id, gpa, size, flags);
 }
+EXPORT_SYMBOL_FOR_KVM_INTERNAL(kvm_prepare_memory_fault_exit);
 
 /*
  * Ensure that a failed KVM_RUN can't be mistaken for a memory-fault exit if
