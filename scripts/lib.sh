@@ -8,6 +8,9 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 release=7.3
 build=$top/build/$release
 tree=$build/linux
+# What was said to the top-level Makefile is not meant for the kernel's.
+export -n ARCH TESTS
+unset MAKEFLAGS MFLAGS
 # Committer of every imported commit, so that the same series gives the same
 # commit ids everywhere; authors come from the patches.
 export GIT_COMMITTER_NAME=series GIT_COMMITTER_EMAIL=series@localhost
