@@ -115,6 +115,13 @@ static u64 access_flags(enum guest_op op)
 	if (flags & KVM_MEMORY_EXIT_FLAG_READ && get_nprocs_conf() == 1)
 		flags = KVM_MEMORY_EXIT_FLAG_READ;
 
+	/*
+	 * A read-modify-write is a write on x86.  QEMU with one CPU emulates even
+	 * a locked one by a read that is followed by a write.
+	 */
+	if (op == GUEST_RMW && get_nprocs_conf() == 1)
+		flags |= KVM_MEMORY_EXIT_FLAG_READ;
+
 	return flags;
 }
 
