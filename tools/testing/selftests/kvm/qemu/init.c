@@ -126,9 +126,9 @@ static void enable_swap(void)
 
 /*
  * KVM patches the scheduler when the first VM comes and when the last one goes,
- * i.e. twice a test.  TCG of QEMU 7.2 seems to miss that at times if another CPU
- * translates the code meanwhile, and a vCPU that is preempted then keeps its
- * registers on the wrong CPU.  Thus have a VM at all times.
+ * i.e. many times a test.  With TCG on two CPUs, KVM now and then isn't told that
+ * a vCPU is scheduled out, and is told when it's scheduled in: the kernel warns,
+ * or a CPU hangs.  That isn't seen if the code is patched only once.
  */
 static void keep_vm(void)
 {
