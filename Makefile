@@ -3,11 +3,11 @@
 # The front door: every target is a script of a few dozen lines in scripts/.
 
 ARCH ?= x86
-export ARCH TESTS LINUX V
+export ARCH TESTS LINUX V DEBUG
 
 # Two architectures unless one was asked for.
 ifeq ($(origin ARCH),file)
-test: ARCH := x86 arm64
+test fuzz regress mutants: ARCH := x86 arm64
 endif
 
 SHELL := /bin/bash
@@ -26,17 +26,25 @@ help:
 	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1,'
 	@echo '                the inventory of -EFAULT, the documentation'
 	@echo '  make builds   build KVM and its selftests at each commit, in many configurations'
+	@echo '  make fuzz     random calls against a model, SECONDS=n SEED=s, on a DEBUG kernel'
+	@echo '  make regress  all KVM selftests of the base, on the unpatched and on the patched kernel'
+	@echo '  make mutants  break KVM line by line, and see that a test notices'
+	@echo '  make bisect   build, boot and test each commit'
 	@echo '  make docs     out/docs: the documentation as HTML'
 	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
 	@echo
-	@echo '  ARCH=x86|arm64    one architecture (demo: x86; test: both); arm64-16k: 16K pages'
+	@echo '  ARCH=x86|arm64    one architecture (demo: x86; tests: both); arm64-16k: 16K pages'
 	@echo '  TESTS="a b"       make test: only these tests, without lint'
+	@echo '  DEBUG=1|kcsan     make test: kernels with KASAN, lockdep and kmemleak; with KCSAN'
 	@echo '  LINUX=path        a 7.3.y kernel, tarball or directory, instead of the package'
 	@echo '  V=1               show the commands of the kernel build'
 	@echo
 	@echo 'The kernel side is in virt/ and arch/, the tests in tools/, the order in series.'
 
-tree export mbox lint builds docs demo test clean:
+tree export mbox lint builds docs demo test regress mutants bisect clean:
 	@scripts/$@
 
-.PHONY: help tree export mbox lint builds docs demo test clean
+fuzz:
+	@scripts/$@ '$(SECONDS)' '$(SEED)'
+
+.PHONY: help tree export mbox lint builds docs demo test fuzz regress mutants bisect clean

@@ -9,7 +9,7 @@ release=7.3
 build=$top/build/$release
 tree=$build/linux
 # What was said to the top-level Makefile is not meant for the kernel's.
-export -n ARCH TESTS
+export -n ARCH TESTS TREE OUT
 unset MAKEFLAGS MFLAGS
 # Committer of every imported commit, so that the same series gives the same
 # commit ids everywhere; authors come from the patches.
@@ -89,6 +89,14 @@ own_apt()
 		die "apt-get update failed (no network?); see $dir/apt.log, $else"
 }
 
+# outdir ARCH: the name below build/$release of what is built for ARCH, and for DEBUG.
+outdir()
+{
+	local debug=${DEBUG:-}
+
+	echo "$1${debug:+-${debug/#1/debug}}"
+}
+
 declare -A lock_fds
 
 # lock NAME: waits for, then holds build/.NAME.lock until unlock or exit, so
@@ -150,4 +158,17 @@ unsaved()
 series_patches()
 {
 	sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' "$top/series"
+}
+
+# worktree DIR COMMIT: makes DIR a second work tree of the kernel's git tree, at
+# COMMIT, without changes or new files.
+worktree()
+{
+	if [[ ! -f $1/Makefile ]]; then
+		rm -rf "$1"
+		tgit worktree prune
+		tgit worktree add -q --detach "$1" "$2"
+	fi
+	git -C "$1" checkout -q -f --detach "$2"
+	git -C "$1" clean -q -fd
 }

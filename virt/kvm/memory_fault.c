@@ -64,9 +64,6 @@ void kvm_finish_memory_fault_exit(struct kvm_vcpu *vcpu, int r)
 		return;
 	}
 
-	WARN_ON_ONCE(IS_ENABLED(CONFIG_KVM_PROVE_MEMORY_FAULT_EXIT) &&
-		     kvm_reports_memory_faults(vcpu->kvm, NULL));
-
 	if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
 		vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
 }

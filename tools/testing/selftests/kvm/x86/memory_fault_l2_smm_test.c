@@ -5,6 +5,8 @@
  * one of the two address spaces, i.e. in or out of SMM, and the VP assist page
  * of Hyper-V, which KVM reads if L1 executes VMRUN.
  */
+#include <pthread.h>
+
 #include <linux/mempolicy.h>
 
 #include "kvm_test_harness.h"
@@ -431,6 +433,147 @@ TEST_F(smm, address_spaces)
 	set_access(self->vm, GUEST_READ, TEST_GVA, 0);
 	expect_ucall(self->vcpu, UCALL_SYNC);
 	TEST_ASSERT_EQ(get_val(self->vm), smm_content(0));
+}
+
+/* In the race below, as often as the flag is seen to be set, and to be cleared. */
+#define SMM_RACE_MIN_ROUNDS	20
+
+/* For debug kernels that are emulated; otherwise the race takes a second. */
+#define SMM_RACE_TIMEOUT	300
+
+struct smm_race {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	u64 **mem;
+	/* The address space whose flag is toggled. */
+	int toggled;
+	bool stop;
+};
+
+static void *smm_toggle_fn(void *arg)
+{
+	struct smm_race *race = arg;
+	u32 flags = 0;
+
+	while (!READ_ONCE(race->stop)) {
+		flags ^= KVM_MEM_EXIT_ON_MISSING;
+		vm_set_user_memory_region(race->vm, race->toggled << 16 | TEST_SLOT, flags,
+					  TEST_GPA, TEST_SIZE, race->mem[race->toggled]);
+	}
+
+	return NULL;
+}
+
+/* Provide what is missing until KVM_RUN succeeds, and return how often. */
+static int run_smm_vcpu(struct smm_race *race, int as_id)
+{
+	static const u64 flags[] = { KVM_MEMORY_EXIT_FLAG_READ, KVM_MEMORY_EXIT_FLAG_WRITE };
+	struct kvm_run *run = race->vcpu->run;
+	int nr_exits = 0;
+	u64 page;
+
+	while (_vcpu_run(race->vcpu)) {
+		page = (run->memory_fault.gpa - TEST_GPA) / PAGE_SIZE;
+		TEST_ASSERT(errno == EFAULT && run->exit_reason == KVM_EXIT_MEMORY_FAULT &&
+			    page < ARRAY_SIZE(flags) && run->memory_fault.flags == flags[page] &&
+			    run->memory_fault.gpa == TEST_GPA + page * PAGE_SIZE &&
+			    run->memory_fault.size == PAGE_SIZE &&
+			    run->flags == (as_id ? KVM_RUN_X86_SMM : 0),
+			    "errno = %d, exit %u (%s), flags 0x%llx, gpa 0x%llx, size 0x%llx, kvm_run.flags 0x%x",
+			    errno, run->exit_reason, exit_reason_str(run->exit_reason),
+			    run->memory_fault.flags, run->memory_fault.gpa,
+			    run->memory_fault.size, run->flags);
+		nr_exits++;
+		kvm_madvise((void *)race->mem[as_id] + page * PAGE_SIZE, PAGE_SIZE,
+			    MADV_POPULATE_WRITE);
+	}
+
+	return nr_exits;
+}
+
+/* Return the number of exits of a guest that reads page 0. */
+static int race_guest(struct smm_race *race)
+{
+	struct ucall uc;
+	int nr_exits;
+
+	set_access(race->vm, GUEST_READ, TEST_GVA, 0);
+	nr_exits = run_smm_vcpu(race, 0);
+	TEST_ASSERT_EQ(get_ucall(race->vcpu, &uc), UCALL_SYNC);
+	TEST_ASSERT_EQ(get_val(race->vm), smm_content(0));
+	return nr_exits;
+}
+
+/* Return the number of exits of an SMI handler, which also writes page 1. */
+static int race_smi_handler(struct smm_race *race)
+{
+	struct kvm_run *run = race->vcpu->run;
+	int nr_exits;
+
+	inject_smi(race->vcpu);
+	nr_exits = run_smm_vcpu(race, 1);
+	TEST_ASSERT_KVM_EXIT_REASON(race->vcpu, KVM_EXIT_IO);
+	TEST_ASSERT_EQ(*(u32 *)((void *)run + run->io.data_offset), smm_content(1));
+	return nr_exits;
+}
+
+/*
+ * Toggle the flag in one address space: that changes nothing in the other one,
+ * and the vCPU always gets its memory, one way or the other.
+ */
+static void race_address_spaces(struct smm_race *race, const u32 *slot_flags)
+{
+	int (* const run_fns[])(struct smm_race *) = { race_guest, race_smi_handler };
+	static const int nr_accesses[] = { 1, 2 };
+	int nr_set = 0, nr_cleared = 0, as_id, nr_exits;
+	pthread_t thread;
+
+	kvm_pthread_create(&thread, NULL, smm_toggle_fn, race);
+
+	while (nr_set < SMM_RACE_MIN_ROUNDS || nr_cleared < SMM_RACE_MIN_ROUNDS) {
+		for (as_id = 0; as_id < 2; as_id++) {
+			/* The file keeps the content. */
+			kvm_madvise(race->mem[as_id], TEST_SIZE, MADV_DONTNEED);
+			nr_exits = run_fns[as_id](race);
+
+			if (as_id == race->toggled) {
+				TEST_ASSERT(nr_exits <= nr_accesses[as_id], "%d exits", nr_exits);
+				nr_set += nr_exits == nr_accesses[as_id];
+				nr_cleared += !nr_exits;
+			} else if (slot_flags[as_id]) {
+				TEST_ASSERT_EQ(nr_exits, nr_accesses[as_id]);
+			} else {
+				TEST_ASSERT_EQ(nr_exits, 0);
+			}
+		}
+	}
+
+	WRITE_ONCE(race->stop, true);
+	kvm_pthread_join(thread, NULL);
+}
+
+TEST_F_TIMEOUT(smm, toggle_in_0, SMM_RACE_TIMEOUT)
+{
+	struct smm_race race = {
+		.vm = self->vm,
+		.vcpu = self->vcpu,
+		.mem = self->mem,
+		.toggled = 0,
+	};
+
+	race_address_spaces(&race, variant->slot_flags);
+}
+
+TEST_F_TIMEOUT(smm, toggle_in_1, SMM_RACE_TIMEOUT)
+{
+	struct smm_race race = {
+		.vm = self->vm,
+		.vcpu = self->vcpu,
+		.mem = self->mem,
+		.toggled = 1,
+	};
+
+	race_address_spaces(&race, variant->slot_flags);
 }
 
 static void vp_assist_l2_code(void)
