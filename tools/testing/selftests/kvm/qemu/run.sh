@@ -18,8 +18,9 @@ splat+='|Call [Tt]race|cut here|sleeping function|while atomic|refcount_t:'
 splat+='|new suspected memory leaks'
 
 # Functions of memory-fault exits.
-ours='memory_fault|exit_on_missing|kvm_handle_error_pfn|kvm_mmu_faultin_pfn|kvm_s2_fault|user_mem_abort'
-ours+='|commit_memory_region|slot_apply_flags|check_memory_region_flags|ioctl_enable_cap_generic'
+ours='memory_fault|exit_on_missing|kvm_handle_error_pfn|kvm_mmu_faultin_pfn|kvm_s2_fault'
+ours+='|user_mem_abort|commit_memory_region|slot_apply_flags|check_memory_region_flags'
+ours+='|ioctl_enable_cap_generic'
 
 # The first complaint on the console, but for data races that KCSAN found in other
 # functions, and for how it came that memory is short, which tests do on purpose.
