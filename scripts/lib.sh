@@ -14,6 +14,8 @@ unset MAKEFLAGS MFLAGS
 # Committer of every imported commit, so that the same series gives the same
 # commit ids everywhere; authors come from the patches.
 export GIT_COMMITTER_NAME=series GIT_COMMITTER_EMAIL=series@localhost
+# What ccache has seen in one work tree is good for all others.
+export CCACHE_BASEDIR=$top/build CCACHE_NOHASHDIR=1
 
 # say TEXT...: one line of progress, on stderr.
 say()
