@@ -16,8 +16,8 @@ MAKEFLAGS += --no-print-directory
 help:
 	@echo 'KVM memory-fault exits: a patch series for Linux 7.3'
 	@echo
-	@echo '  make demo     build the patched kernel, boot it under QEMU, and page a guest'
-	@echo '                by the kernel, by userfaultfd and by exits; prints a table'
+	@echo '  make demo     build the patched kernel, boot it under QEMU, page a guest and migrate'
+	@echo '                one, by userfaultfd and by exits; prints tables, draws out/demo-*'
 	@echo '  make test     lint, build, boot and test, x86 and arm64'
 	@echo
 	@echo '  make tree     build/7.3/linux: a git tree, the kernel plus one commit a patch'

@@ -5,13 +5,13 @@
  * page must not get in the way of logging the write that follows.
  */
 #include <linux/bits.h>
-#include <linux/mempolicy.h>
 #include <linux/sizes.h>
 
 #include <asm/barrier.h>
 
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
@@ -561,11 +561,7 @@ int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_EXIT_ON_MISSING) == KVM_MEM_EXIT_ON_MISSING);
 
-	/*
-	 * Any policy but the default one disables NUMA balancing, whose hinting
-	 * faults make pages look missing.  Without CONFIG_NUMA, there is none.
-	 */
-	syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+	disable_numa_balancing();
 
 	return test_harness_run(argc, argv);
 }

@@ -9,6 +9,11 @@
  * after it reads the word knows what it may see.  Thus no write can get lost,
  * and nobody can read something stale, without being noticed.
  *
+ * Anonymous memory, which has no second mapping, loses its content if dropped.
+ * What was there before MADV_DONTNEED must not be read afterwards.  MADV_FREE may
+ * take effect at any time, or never, until the next write: both the last value
+ * and zero are fine.
+ *
  * Actions against which the vCPUs race are up to injectors, each of which is a
  * thread with random numbers of its own.  The seed reproduces the actions, and
  * the accesses, of each thread, though not their interleaving.
@@ -29,7 +34,6 @@
 
 #include <linux/bitmap.h>
 #include <linux/bits.h>
-#include <linux/mempolicy.h>
 #include <linux/sizes.h>
 #include <linux/userfaultfd.h>
 
@@ -56,17 +60,21 @@
  * it comes back, hence keep out of the kernel's way.
  */
 #define TEST_HVA		((void *)(1ul << 35))
+#define TEST_HVA_ELSEWHERE	(TEST_HVA + 2 * MAX_HUGE_PAGE)
+#define TEST_HVA_END		(TEST_HVA + 4 * MAX_HUGE_PAGE)
 
 /* Exits in a row that no injector explains, exits for a single access. */
 #define MAX_UNEXPLAINED		100
 #define MAX_EXITS		20000
-#define WATCHDOG_SECONDS	120
-/* Actions without success, for those that need luck. */
+/* Actions without success, for those that need luck, if time is up, too. */
 #define MAX_ACTIONS		500
 
 #define NAP_US			500
 #define PACE_US			2000
 #define PACE_ACCESSES		32
+
+/* The kinds of accesses: read, write, execute. */
+#define NR_KINDS		3
 
 #ifdef __x86_64__
 #define RET_INSN		0xc3ul
@@ -109,13 +117,21 @@ static struct shared {
 	u64 intent[MAX_VCPUS + 1][NR_PAGES];
 	u64 done[MAX_VCPUS + 1][NR_PAGES];
 
-	/* How often a page was about to be dropped, and was dropped. */
+	/*
+	 * How often a page was about to be dropped, and was dropped, and the
+	 * last of these times that it was by MADV_DONTNEED.
+	 */
 	u64 drop_begin[NR_PAGES];
 	u64 drop_end[NR_PAGES];
+	u64 zap_end[NR_PAGES];
 
-	/* For each word, what its writer expects, and drop_end when it wrote it. */
+	/*
+	 * For each word, what its writer expects, drop_end before, and
+	 * drop_begin after it wrote it.
+	 */
 	u64 expected[MAX_VCPUS][NR_PAGES];
-	u64 written[MAX_VCPUS][NR_PAGES];
+	u64 before[MAX_VCPUS][NR_PAGES];
+	u64 after[MAX_VCPUS][NR_PAGES];
 } shared;
 
 /*
@@ -159,8 +175,8 @@ static u64 guest_read(u64 id, u64 *word)
 static void guest_write(u64 id, int page, u64 val)
 {
 	u64 *word = &guest_words(page)->word[id];
+	u64 before = READ_ONCE(shared.drop_end[page]);
 
-	shared.written[id][page] = READ_ONCE(shared.drop_end[page]);
 	WRITE_ONCE(shared.intent[id][page], val);
 	order_accesses();
 	guest_set_access(id, KVM_MEMORY_EXIT_FLAG_WRITE, word);
@@ -171,23 +187,31 @@ static void guest_write(u64 id, int page, u64 val)
 #endif
 	order_accesses();
 	WRITE_ONCE(shared.done[id][page], val);
+	shared.after[id][page] = READ_ONCE(shared.drop_begin[page]);
 	shared.expected[id][page] = val;
+	order_accesses();
+	WRITE_ONCE(shared.before[id][page], before);
 }
 
 static void guest_read_own(u64 id, int page)
 {
+	u64 zapped = READ_ONCE(shared.zap_end[page]);
 	u64 val = guest_read(id, &guest_words(page)->word[id]);
 	u64 expected = shared.expected[id][page];
 
-	if (val == expected)
+	if (val == expected) {
+		__GUEST_ASSERT(!val || zapped <= shared.after[id][page],
+			       "vCPU %lu read 0x%lx in page %d, zapped by drop %lu, written before %lu",
+			       id, val, page, zapped, shared.after[id][page] + 1);
 		return;
+	}
 
 	order_accesses();
 	__GUEST_ASSERT(shared.lossy && !val &&
-		       READ_ONCE(shared.drop_begin[page]) > shared.written[id][page],
+		       READ_ONCE(shared.drop_begin[page]) > shared.before[id][page],
 		       "vCPU %lu read 0x%lx in page %d, expected 0x%lx, dropped %lu times, %lu before",
 		       id, val, page, expected, READ_ONCE(shared.drop_begin[page]),
-		       shared.written[id][page]);
+		       shared.before[id][page]);
 
 	/* What is dropped must not come back. */
 	shared.expected[id][page] = 0;
@@ -195,15 +219,18 @@ static void guest_read_own(u64 id, int page)
 
 static void guest_read_other(u64 id, int page, int writer)
 {
-	u64 min, max, val;
+	u64 before, min, max, val;
 
+	/* This is about the write of min, or an earlier one, but not a later one. */
+	before = READ_ONCE(shared.before[writer][page]);
+	order_accesses();
 	min = READ_ONCE(shared.done[writer][page]);
 	order_accesses();
 	val = guest_read(id, &guest_words(page)->word[writer]);
 	order_accesses();
 	max = READ_ONCE(shared.intent[writer][page]);
 
-	if (shared.lossy && !val && READ_ONCE(shared.drop_begin[page]))
+	if (shared.lossy && !val && READ_ONCE(shared.drop_begin[page]) > before)
 		return;
 
 	__GUEST_ASSERT(val >= min && val <= max,
@@ -216,7 +243,9 @@ static void guest_exec(u64 id, int page)
 	u64 *insn = &guest_words(page)->insn;
 
 	guest_set_access(id, KVM_MEMORY_EXIT_FLAG_EXEC, insn);
-	((void (*)(void))insn)();
+	/* Since set_exec() looks at what was made known. */
+	if (READ_ONCE(shared.exec))
+		((void (*)(void))insn)();
 }
 
 static void guest_probe(u64 id)
@@ -233,7 +262,8 @@ enum {
 	STREAM_GUEST,
 	STREAM_VCPU = STREAM_GUEST + MAX_VCPUS,
 	STREAM_UFFD = STREAM_VCPU + MAX_VCPUS,
-	STREAM_MODE,
+	STREAM_ENV,
+	STREAM_MODE = 50,
 	STREAM_INJECTOR = 100,
 };
 
@@ -282,7 +312,7 @@ static void guest_code(u64 id)
 				guest_read_other(id, page, HOST);
 			break;
 		case 7:
-			if (shared.exec)
+			if (READ_ONCE(shared.exec))
 				guest_exec(id, page);
 			break;
 		}
@@ -387,6 +417,9 @@ struct env {
 	u64 nr_accesses;
 	u64 nr_actions;
 	int nr_vcpus;
+	int max_seconds;
+	/* What the user has given, and what it makes for the mode. */
+	u32 user_seed;
 	u32 seed;
 
 	struct kvm_vm *vm;
@@ -396,7 +429,9 @@ struct env {
 		struct kvm_vcpu *vcpu;
 		pthread_t thread;
 		struct kvm_random_state rng;
-		u64 nr_exits;
+		pid_t tid;
+		/* By the kind of access, i.e. the bit in memory_fault.flags. */
+		u64 nr_exits[NR_KINDS];
 		u64 nr_bare;
 		u64 nr_mmio;
 		u64 nr_signals;
@@ -444,7 +479,6 @@ struct env {
 	pthread_mutex_t hold_mutex;
 	bool probe_closed;
 	u64 wp_frozen;
-	u64 nr_closed_msgs;
 	atomic_ulong nr_probe_exits;
 
 	/* Injectors at work that may undo what a vCPU has populated. */
@@ -458,6 +492,7 @@ struct env {
 	int uffd;
 	int uffd_pipe[2];
 	pthread_t uffd_reader;
+	u64 nr_closed_msgs;
 	/* Other memory is accessed by /proc/self/mem, whatever its protection. */
 	int mem_fd;
 	int split_fd;
@@ -469,10 +504,10 @@ struct injector_thread {
 	const struct injector *injector;
 	struct kvm_random_state rng;
 	pthread_t thread;
+	/* Why the machine can't do this, if so. */
+	const char *skip;
 	u64 nr_acted;
 	u64 nr_succeeded;
-	/* What vmstat_advanced() compares with. */
-	u64 next;
 	/* What a migration of the VM would have copied, and of which pages. */
 	u64 copy[NR_PAGES][MAX_VCPUS];
 	u64 copied;
@@ -552,6 +587,26 @@ static u64 total_accesses(struct env *env)
 	return nr;
 }
 
+static u64 total_exits(struct env *env, int kind)
+{
+	u64 nr = 0;
+	int i;
+
+	for (i = 0; i < env->nr_vcpus; i++)
+		nr += READ_ONCE(env->vcpus[i].nr_exits[kind]);
+	return nr;
+}
+
+static u64 total_mmio(struct env *env)
+{
+	u64 nr = 0;
+	int i;
+
+	for (i = 0; i < env->nr_vcpus; i++)
+		nr += READ_ONCE(env->vcpus[i].nr_mmio);
+	return nr;
+}
+
 static u64 total_probes(struct env *env)
 {
 	u64 nr = 0;
@@ -575,11 +630,33 @@ static u64 read_number(const char *path, const char *key)
 	while (fgets(line, sizeof(line), f)) {
 		if (strncmp(line, key, strlen(key)))
 			continue;
-		val = strtoull(line + strlen(key), NULL, 0);
+		val = strtoull(line + strlen(key) + strspn(line + strlen(key), " :"), NULL, 0);
 		break;
 	}
 	fclose(f);
 	return val;
+}
+
+/* Add up a figure of all mappings of the memory, wherever it's moved to. */
+static u64 read_smaps(const char *key)
+{
+	u64 start, end, val, sum = 0;
+	bool ours = false;
+	char line[256];
+	FILE *f;
+
+	f = fopen("/proc/self/smaps", "re");
+	TEST_ASSERT(f, "Can't open /proc/self/smaps, errno = %d", errno);
+
+	while (fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			ours = start >= (u64)TEST_HVA && end <= (u64)TEST_HVA_END;
+		else if (ours && !strncmp(line, key, strlen(key)) &&
+			 sscanf(line + strlen(key), "%lu kB", &val) == 1)
+			sum += val;
+	}
+	fclose(f);
+	return sum;
 }
 
 static bool write_text(const char *path, const char *text)
@@ -595,14 +672,43 @@ static bool write_text(const char *path, const char *text)
 	return ok;
 }
 
-/* Return whether an event count of the kernel has advanced since the last call. */
-static bool vmstat_advanced(struct injector_thread *t, const char *key)
-{
-	u64 next = read_number("/proc/vmstat", key) + 1;
-	bool advanced = t->next && next > t->next;
+/* Settings of the machine, in the order in which they were changed. */
+static struct setting {
+	const char *path;
+	char text[32];
+} settings[16];
 
-	t->next = next;
-	return advanced;
+static int nr_settings;
+
+/* Change a setting of the machine until the test exits. */
+static bool change_setting(const char *path, const char *text)
+{
+	struct setting *old = &settings[nr_settings];
+	int fd, i, r;
+
+	for (i = 0; i < nr_settings && strcmp(settings[i].path, path); i++)
+		;
+	if (i < nr_settings)
+		return true;
+
+	TEST_ASSERT(i < ARRAY_SIZE(settings), "Too many settings");
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	r = read(fd, old->text, sizeof(old->text) - 1);
+	close(fd);
+	if (r <= 0 || !write_text(path, text))
+		return false;
+
+	old->path = path;
+	nr_settings++;
+	return true;
+}
+
+static void restore_settings(void)
+{
+	while (nr_settings--)
+		write_text(settings[nr_settings].path, settings[nr_settings].text);
 }
 
 static int uffd_ioctl(struct env *env, unsigned long cmd, void *arg)
@@ -860,13 +966,13 @@ static void handle_fault(struct vcpu_thread *v, int err, const struct snapshot *
 		return;
 	}
 
-	v->nr_exits++;
 	TEST_ASSERT(run->memory_fault.gpa == (sv->gva & ~(env->page_size - 1)) &&
 		    run->memory_fault.size == env->page_size &&
 		    run->memory_fault.flags == sv->flags,
 		    "Exit for gpa 0x%llx, size 0x%llx, flags 0x%llx, expected 0x%lx, 0x%lx, 0x%lx",
 		    run->memory_fault.gpa, run->memory_fault.size, run->memory_fault.flags,
 		    sv->gva & ~(env->page_size - 1), env->page_size, sv->flags);
+	v->nr_exits[__builtin_ctzll(sv->flags)]++;
 	TEST_ASSERT(!stable || flag || (env->cap && map_changed),
 		    "vCPU %u: exit for 0x%lx in a slot without the flag", v->vcpu->id, sv->gva);
 
@@ -970,21 +1076,24 @@ static void *vcpu_fn(void *arg)
 	struct env *env = v->env;
 	struct kvm_vcpu *vcpu = v->vcpu;
 	struct kvm_run *run = vcpu->run;
-	bool poison = true;
 	struct snapshot s;
 	struct ucall uc;
 	int r;
 
 	this_run = run;
+	WRITE_ONCE(v->tid, syscall(__NR_gettid));
 	v->rng = new_rng(env->seed, STREAM_VCPU + vcpu->id);
 
 	for (;;) {
 		WRITE_ONCE(run->immediate_exit, 0);
 		wait_while_paused(env);
 
-		/* Let KVM_RUN begin with what looks like an exit. */
-		run->exit_reason = KVM_EXIT_MEMORY_FAULT;
-		if (poison) {
+		/*
+		 * Let KVM_RUN begin with what looks like an exit, but for MMIO,
+		 * which it has yet to complete.
+		 */
+		if (run->exit_reason != KVM_EXIT_MMIO) {
+			run->exit_reason = KVM_EXIT_MEMORY_FAULT;
 			run->memory_fault.gpa = TEST_GPA + env->size;
 			run->memory_fault.size = env->page_size;
 			run->memory_fault.flags = KVM_MEMORY_EXIT_FLAG_READ;
@@ -994,7 +1103,6 @@ static void *vcpu_fn(void *arg)
 		r = __vcpu_run(vcpu);
 		if (r) {
 			r = errno;
-			poison = true;
 			if (r == EINTR) {
 				v->nr_signals++;
 				continue;
@@ -1005,8 +1113,6 @@ static void *vcpu_fn(void *arg)
 			continue;
 		}
 
-		/* An MMIO read has yet to be completed. */
-		poison = false;
 		if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.phys_addr >= TEST_GPA &&
 		    run->mmio.phys_addr < TEST_GPA + env->size) {
 			handle_mmio(v, &s);
@@ -1146,9 +1252,10 @@ static void close_probe(struct env *env, bool closed)
 
 /*
  * Drop a page while the vCPUs are at it.  Once the flag is set, KVM must not fault
- * it in.  Once it's cleared, it has to, and must not exit.
+ * it in.  Once it's cleared, it has to, and must not exit.  Return whether there
+ * was the time to see that.
  */
-static void probe(struct injector_thread *t)
+static bool probe(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	u32 flags = env->slot_flags & ~KVM_MEM_EXIT_ON_MISSING;
@@ -1180,22 +1287,24 @@ static void probe(struct injector_thread *t)
 	while (total_probes(env) == nr && !atomic_load(&env->stop))
 		nap();
 	WRITE_ONCE(env->shared->probe, false);
+	return !atomic_load(&env->stop);
 }
 
 static bool inject_flag(struct injector_thread *t)
 {
 	struct env *env = t->env;
+	bool probed = false;
 
 	pthread_mutex_lock(&env->slot_mutex);
-	if (kvm_random_bool(&t->rng)) {
-		probe(t);
+	if (!(t->nr_acted & 1)) {
+		probed = probe(t);
 	} else {
 		set_slot_flags(env, env->slot_flags & ~KVM_MEM_EXIT_ON_MISSING);
 		nap();
 	}
 	set_slot_flags(env, env->slot_flags | KVM_MEM_EXIT_ON_MISSING);
 	pthread_mutex_unlock(&env->slot_mutex);
-	return true;
+	return probed;
 }
 
 static void set_log_flag(struct injector_thread *t, bool log)
@@ -1287,7 +1396,7 @@ static bool inject_log(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	u64 dirty, all_dirty = 0, del_seq;
-	bool last = false;
+	bool last = false, first = true;
 	int i;
 
 	pthread_mutex_lock(&env->slot_mutex);
@@ -1307,14 +1416,22 @@ static bool inject_log(struct injector_thread *t)
 		if (atomic_load(&env->del_seq) != del_seq) {
 			del_seq = atomic_load(&env->del_seq);
 			dirty = -1ull;
-		} else if (last || kvm_random_bool(&t->rng)) {
-			pause_vcpus(env);
-			dirty = collect_dirty(env);
-			assert_dirty(t, dirty);
-			all_dirty |= dirty;
-			resume_vcpus(env);
+			first = true;
 		} else {
+			bool pause = last || kvm_random_bool(&t->rng);
+
+			if (pause)
+				pause_vcpus(env);
 			dirty = collect_dirty(env);
+			if (pause) {
+				assert_dirty(t, dirty);
+				resume_vcpus(env);
+			}
+
+			/* KVM_DIRTY_LOG_INITIALLY_SET says nothing of writes. */
+			if (!first)
+				all_dirty |= dirty;
+			first = false;
 		}
 		copy_pages(t, dirty);
 
@@ -1340,7 +1457,7 @@ static bool inject_host_words(struct injector_thread *t)
 
 		min = READ_ONCE(s->done[id][page]);
 		order_accesses();
-		host_read_word(env, page, id, &val);
+		TEST_ASSERT(host_read_word(env, page, id, &val), "Can't read by the host");
 		order_accesses();
 		max = READ_ONCE(s->intent[id][page]);
 		TEST_ASSERT(val >= min && val <= max,
@@ -1360,6 +1477,7 @@ static bool inject_host_words(struct injector_thread *t)
 static bool inject_unmap(struct injector_thread *t)
 {
 	struct env *env = t->env;
+	struct shared *s = env->shared;
 	u64 pages = random_pages(t);
 	int advice = MADV_DONTNEED;
 	int i, r;
@@ -1369,14 +1487,17 @@ static bool inject_unmap(struct injector_thread *t)
 
 	for (i = 0; i < NR_PAGES && env->mode->lossy; i++) {
 		if (pages & BIT_ULL(i))
-			WRITE_ONCE(env->shared->drop_begin[i], env->shared->drop_begin[i] + 1);
+			WRITE_ONCE(s->drop_begin[i], s->drop_begin[i] + 1);
 	}
 	order_accesses();
 	r = madvise(env->hva + range_start(env, pages), range_size(env, pages), advice);
 	order_accesses();
 	for (i = 0; i < NR_PAGES && env->mode->lossy; i++) {
-		if (pages & BIT_ULL(i))
-			WRITE_ONCE(env->shared->drop_end[i], env->shared->drop_end[i] + 1);
+		if (!(pages & BIT_ULL(i)))
+			continue;
+		WRITE_ONCE(s->drop_end[i], s->drop_begin[i]);
+		if (!r && advice == MADV_DONTNEED)
+			WRITE_ONCE(s->zap_end[i], s->drop_begin[i]);
 	}
 	return !r;
 }
@@ -1447,12 +1568,24 @@ static bool inject_collapse(struct injector_thread *t)
 static bool inject_split(struct injector_thread *t)
 {
 	struct env *env = t->env;
+	const char *key = env->alias ? "ShmemPmdMapped:" : "AnonHugePages:";
+	u64 nr_splits = read_number("/proc/vmstat", "thp_split_page ");
 	char text[128];
+	u64 huge;
 	int len;
+
+	/* Have something to split. */
+	madvise(env->hva, env->main_size, MADV_COLLAPSE);
+	huge = read_smaps(key);
 
 	len = snprintf(text, sizeof(text), "%d,0x%lx,0x%lx", getpid(), (u64)env->hva,
 		       (u64)env->hva + env->main_size);
-	return pwrite(env->split_fd, text, len, 0) == len && vmstat_advanced(t, "thp_split_page ");
+	if (pwrite(env->split_fd, text, len, 0) != len)
+		return false;
+
+	/* Other injectors merely unmap huge pages. */
+	return read_smaps(key) < huge &&
+	       read_number("/proc/vmstat", "thp_split_page ") > nr_splits;
 }
 
 #define KSM_DIR		"/sys/kernel/mm/ksm/"
@@ -1464,7 +1597,7 @@ static bool inject_ksm(struct injector_thread *t)
 	if (!random_below(&t->rng, 8))
 		madvise(env->hva, env->main_size, MADV_UNMERGEABLE);
 	madvise(env->hva, env->main_size, MADV_MERGEABLE);
-	return read_number(KSM_DIR "pages_sharing", "");
+	return read_number("/proc/self/ksm_merging_pages", "");
 }
 
 static bool inject_migrate(struct injector_thread *t)
@@ -1493,10 +1626,23 @@ static bool inject_migrate(struct injector_thread *t)
 	return moved;
 }
 
-/* NUMA balancing is up to the scheduler, see that it is at work. */
+/*
+ * NUMA balancing is up to the scheduler, see that the vCPUs' threads had faults
+ * due to it.  This is weak, as nothing tells whether it was in the slot's memory.
+ */
 static bool inject_hint(struct injector_thread *t)
 {
-	return vmstat_advanced(t, "numa_pte_updates ");
+	struct env *env = t->env;
+	u64 nr_faults = 0;
+	char path[64];
+	int i;
+
+	for (i = 0; i < env->nr_vcpus; i++) {
+		snprintf(path, sizeof(path), "/proc/self/task/%d/sched",
+			 READ_ONCE(env->vcpus[i].tid));
+		nr_faults += read_number(path, "total_numa_faults");
+	}
+	return nr_faults;
 }
 
 static bool inject_pageout(struct injector_thread *t)
@@ -1510,7 +1656,9 @@ static bool inject_pageout(struct injector_thread *t)
 	if (env->alias)
 		kvm_madvise(env->alias + start, size, MADV_DONTNEED);
 	madvise(env->hva + start, size, MADV_PAGEOUT);
-	return vmstat_advanced(t, "pswpout ");
+
+	/* If memory isn't short, nothing else does that. */
+	return read_smaps("Swap:");
 }
 
 static void move_memory(struct env *env, void *from, void *to, int flags)
@@ -1524,7 +1672,7 @@ static void move_memory(struct env *env, void *from, void *to, int flags)
 static bool inject_mremap(struct injector_thread *t)
 {
 	struct env *env = t->env;
-	void *elsewhere = env->hva + 2 * MAX_HUGE_PAGE;
+	void *elsewhere = TEST_HVA_ELSEWHERE;
 
 	unmappable_begin(env);
 	if (env->alias && kvm_random_bool(&t->rng)) {
@@ -1540,16 +1688,37 @@ static bool inject_mremap(struct injector_thread *t)
 	return true;
 }
 
+/* What isn't in memory can't be executed, wait until nobody is going to. */
+static void set_exec(struct env *env, bool exec)
+{
+	struct shared_vcpu *v;
+	u64 access;
+	int i;
+
+	WRITE_ONCE(env->shared->exec, exec);
+	order_accesses();
+	for (i = 0; i < env->nr_vcpus && !exec; i++) {
+		v = &env->shared->vcpus[i];
+		access = READ_ONCE(v->nr_accesses);
+		while (READ_ONCE(v->flags) == KVM_MEMORY_EXIT_FLAG_EXEC &&
+		       READ_ONCE(v->nr_accesses) == access)
+			nap();
+	}
+}
+
 static bool inject_recreate(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	struct frozen frozen;
+	u64 nr_mmio;
 
 	/* Dirty logging begins anew with each slot, give it some time. */
 	if (random_below(&t->rng, 4))
 		return false;
 
 	pthread_mutex_lock(&env->slot_mutex);
+	set_exec(env, false);
+	nr_mmio = total_mmio(env);
 	atomic_fetch_add(&env->del_seq, 1);
 	atomic_fetch_add(&env->slot_seq, 1);
 	vm_set_user_memory_region(env->vm, TEST_SLOT, 0, TEST_GPA, 0, env->hva);
@@ -1573,8 +1742,9 @@ static bool inject_recreate(struct injector_thread *t)
 	resume_vcpus(env);
 	atomic_fetch_add(&env->slot_seq, 1);
 	atomic_fetch_add(&env->del_seq, 1);
+	set_exec(env, true);
 	pthread_mutex_unlock(&env->slot_mutex);
-	return true;
+	return total_mmio(env) > nr_mmio;
 }
 
 static bool inject_signal(struct injector_thread *t)
@@ -1596,19 +1766,20 @@ static bool inject_prefault(struct injector_thread *t)
 		.gpa = TEST_GPA + range_start(env, pages),
 		.size = range_size(env, pages),
 	};
-	u64 end = range.gpa + range.size;
+	u64 start = range.gpa, end = start + range.size;
 	int r;
 
 	/* Only what is missing stops it, not the page that must not be populated. */
 	if (!random_below(&t->rng, 4))
-		end = range.gpa + (range.size = TEST_GPA + env->size - range.gpa);
+		end = start + (range.size = TEST_GPA + env->size - start);
 
 	r = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &range);
 	TEST_ASSERT(!r || errno == EFAULT || errno == EAGAIN || errno == EINTR || errno == ENOENT,
 		    KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, r));
-	TEST_ASSERT(range.gpa + range.size == end && !(range.gpa % env->page_size),
-		    "KVM_PRE_FAULT_MEMORY left gpa 0x%llx, size 0x%llx, end 0x%lx",
-		    range.gpa, range.size, end);
+	TEST_ASSERT(range.gpa + range.size == end && !(range.gpa % env->page_size) &&
+		    (r ? range.gpa == start : range.gpa > start),
+		    "KVM_PRE_FAULT_MEMORY returned %d, left gpa 0x%llx, size 0x%llx of 0x%lx to 0x%lx",
+		    r, range.gpa, range.size, start, end);
 	return !r;
 }
 
@@ -1617,37 +1788,45 @@ static const char *needs_numa(struct env *env)
 	return is_multi_numa_node_system() ? NULL : "one NUMA node only";
 }
 
+#define HINT_DIR	"/sys/kernel/debug/sched/numa_balancing/"
+
 static const char *needs_hints(struct env *env)
 {
 	if (!is_multi_numa_node_system() || !is_numa_balancing_enabled())
 		return "no NUMA balancing";
 
-	/* Without debugfs, this may take its time. */
-	write_text("/sys/kernel/debug/sched/numa_balancing/scan_delay_ms", "1");
-	write_text("/sys/kernel/debug/sched/numa_balancing/scan_period_min_ms", "10");
-	write_text("/sys/kernel/debug/sched/numa_balancing/scan_period_max_ms", "50");
+	if (!change_setting(HINT_DIR "scan_delay_ms", "1") ||
+	    !change_setting(HINT_DIR "scan_period_min_ms", "10") ||
+	    !change_setting(HINT_DIR "scan_period_max_ms", "50"))
+		return "no NUMA balancing in debugfs";
 	return NULL;
+}
+
+static const char *needs_smaps(struct env *env)
+{
+	return access("/proc/self/smaps", R_OK) ? "no /proc/self/smaps" : NULL;
 }
 
 static const char *needs_swap(struct env *env)
 {
-	return read_number("/proc/meminfo", "SwapTotal:") ? NULL : "no swap";
+	return read_number("/proc/meminfo", "SwapTotal") ? needs_smaps(env) : "no swap";
 }
 
 static const char *needs_split(struct env *env)
 {
 	env->split_fd = open("/sys/kernel/debug/split_huge_pages", O_WRONLY | O_CLOEXEC);
-	return env->split_fd >= 0 ? NULL : "no split_huge_pages in debugfs";
+	return env->split_fd >= 0 ? needs_smaps(env) : "no split_huge_pages in debugfs";
 }
 
 static const char *needs_ksm(struct env *env)
 {
-	if (!write_text(KSM_DIR "run", "1"))
+	if (access("/proc/self/ksm_merging_pages", R_OK) ||
+	    !change_setting(KSM_DIR "sleep_millisecs", "10") ||
+	    !change_setting(KSM_DIR "pages_to_scan", "64") ||
+	    !change_setting(KSM_DIR "smart_scan", "0") ||
+	    !change_setting(KSM_DIR "run", "1"))
 		return "no KSM";
 
-	write_text(KSM_DIR "sleep_millisecs", "10");
-	write_text(KSM_DIR "pages_to_scan", "64");
-	write_text(KSM_DIR "smart_scan", "0");
 	madvise(env->hva, env->main_size, MADV_MERGEABLE);
 	return NULL;
 }
@@ -1685,7 +1864,6 @@ static void *injector_fn(void *arg)
 {
 	struct injector_thread *t = arg;
 	struct env *env = t->env;
-
 	u64 unmaps = BIT(t->injector - injectors) & UNMAPS;
 
 	while (!atomic_load(&env->stop)) {
@@ -1779,7 +1957,7 @@ static const char *env_map_memory(struct env *env)
 
 static const char *env_create(struct env *env)
 {
-	struct kvm_random_state rng = new_rng(env->seed, STREAM_MODE + (env->mode - modes));
+	struct kvm_random_state rng = new_rng(env->seed, STREAM_ENV);
 	struct kvm_vcpu *vcpus[MAX_VCPUS];
 	const char *reason;
 	int i;
@@ -1810,8 +1988,8 @@ static const char *env_create(struct env *env)
 	env->shared->nr_vcpus = env->nr_vcpus;
 	env->shared->lossy = env->mode->lossy;
 	env->shared->host_words = env->injectors & BIT(HOST_WORDS);
-	/* What isn't in memory can't be executed. */
-	env->shared->exec = env->alias && !(env->injectors & BIT(RECREATE));
+	/* There are instructions, see env_map_memory(). */
+	env->shared->exec = env->alias;
 
 	env->cap = kvm_random_bool(&rng);
 	if (env->cap)
@@ -1837,10 +2015,6 @@ static const char *env_create(struct env *env)
 
 static void env_destroy(struct env *env)
 {
-	if (env->injectors & BIT(KSM)) {
-		write_text(KSM_DIR "run", "2");
-		write_text(KSM_DIR "run", "0");
-	}
 	if (env->vm)
 		kvm_vm_free(env->vm);
 	if (env->uffd_reader) {
@@ -1862,32 +2036,57 @@ static void env_destroy(struct env *env)
 		kvm_munmap(env->hva, env->size);
 }
 
+static time_t uptime(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec;
+}
+
+/* Whether all kinds of accesses have exited, as far as that can be relied on. */
+static bool all_kinds_exited(struct env *env)
+{
+	int kind;
+
+	if (!(env->injectors & BIT(UNMAP)))
+		return true;
+
+	for (kind = 0; kind < NR_KINDS; kind++) {
+		if (!total_exits(env, kind) &&
+		    (env->alias || BIT(kind) != KVM_MEMORY_EXIT_FLAG_EXEC))
+			return false;
+	}
+	return true;
+}
+
 /* Wait until each vCPU and each injector has done its part. */
 static void wait_until_done(struct env *env, struct injector_thread *threads)
 {
+	time_t start = uptime(), since[MAX_VCPUS];
 	u64 nr, last[MAX_VCPUS] = {};
-	time_t since[MAX_VCPUS];
-	bool done = false;
+	bool done = false, late;
 	int i;
 
 	for (i = 0; i < env->nr_vcpus; i++)
-		since[i] = time(NULL);
+		since[i] = start;
 
 	while (!done) {
 		usleep(20000);
-		done = true;
+		late = uptime() >= start + env->max_seconds;
+		done = all_kinds_exited(env) || late;
 
 		for (i = 0; i < env->nr_vcpus; i++) {
 			nr = READ_ONCE(env->shared->vcpus[i].nr_accesses);
 			done &= nr >= env->nr_accesses;
 			if (nr != last[i]) {
 				last[i] = nr;
-				since[i] = time(NULL);
+				since[i] = uptime();
 			}
-			TEST_ASSERT(time(NULL) < since[i] + WATCHDOG_SECONDS,
-				    "vCPU %d: no progress at 0x%lx, flags 0x%lx, %lu exits, %lu signals",
+			TEST_ASSERT(uptime() < since[i] + env->max_seconds,
+				    "vCPU %d: no progress at 0x%lx, flags 0x%lx, %lu signals",
 				    i, env->shared->vcpus[i].gva, env->shared->vcpus[i].flags,
-				    env->vcpus[i].nr_exits, env->vcpus[i].nr_signals);
+				    env->vcpus[i].nr_signals);
 		}
 
 		for (i = 0; i < NR_INJECTORS; i++) {
@@ -1896,35 +2095,32 @@ static void wait_until_done(struct env *env, struct injector_thread *threads)
 			nr = READ_ONCE(threads[i].nr_acted);
 			/* Go on for some time if it takes luck to succeed. */
 			done &= nr >= env->nr_actions &&
-				(READ_ONCE(threads[i].nr_succeeded) || nr >= MAX_ACTIONS);
+				(READ_ONCE(threads[i].nr_succeeded) ||
+				 (nr >= MAX_ACTIONS && late));
 		}
 	}
 }
 
 static void start_injectors(struct env *env, struct injector_thread *threads)
 {
-	const char *reason;
 	int i;
 
 	for (i = 0; i < NR_INJECTORS; i++) {
 		if (!(env->injectors & BIT(i)))
 			continue;
 
-		reason = injectors[i].needs ? injectors[i].needs(env) : NULL;
-		if (reason) {
-			ksft_print_msg("%s: %s isn't possible: %s\n", env->mode->name,
-				       injectors[i].name, reason);
+		threads[i].injector = &injectors[i];
+		threads[i].skip = injectors[i].needs ? injectors[i].needs(env) : NULL;
+		if (threads[i].skip)
 			continue;
-		}
 
 		threads[i].env = env;
-		threads[i].injector = &injectors[i];
 		threads[i].rng = new_rng(env->seed, STREAM_INJECTOR + i);
 		kvm_pthread_create(&threads[i].thread, NULL, injector_fn, &threads[i]);
 	}
 }
 
-static void report(struct env *env, struct injector_thread *threads)
+static void report_vcpus(struct env *env)
 {
 	struct vcpu_thread *v;
 	u64 nr;
@@ -1932,60 +2128,65 @@ static void report(struct env *env, struct injector_thread *threads)
 
 	for (i = 0; i < env->nr_vcpus; i++) {
 		v = &env->vcpus[i];
-		ksft_print_msg("%s: vCPU %d: %lu accesses, %lu exits, %lu failures\n",
+		ksft_print_msg("%s: vCPU %d: %lu accesses, %lu MMIO, %lu signals, %lu failures\n",
 			       env->mode->name, i, env->shared->vcpus[i].nr_accesses,
-			       v->nr_exits, v->nr_bare);
-		ksft_print_msg("%s: vCPU %d: %lu MMIO, %lu signals\n",
-			       env->mode->name, i, v->nr_mmio, v->nr_signals);
+			       v->nr_mmio, v->nr_signals, v->nr_bare);
+		ksft_print_msg("%s: vCPU %d: exits for %lu reads, %lu writes, %lu fetches\n",
+			       env->mode->name, i, v->nr_exits[0], v->nr_exits[1],
+			       v->nr_exits[2]);
 		nr = vcpu_get_stat(v->vcpu, memory_fault_exits);
-		TEST_ASSERT(nr == v->nr_exits, "vCPU %d: %lu memory_fault_exits, %lu seen",
-			    i, nr, v->nr_exits);
+		TEST_ASSERT(nr == v->nr_exits[0] + v->nr_exits[1] + v->nr_exits[2],
+			    "vCPU %d: %lu memory_fault_exits", i, nr);
 	}
+	TEST_ASSERT(all_kinds_exited(env), "A kind of access has never exited");
+}
 
-	for (i = 0; i < NR_INJECTORS; i++) {
-		if (threads[i].env)
-			ksft_print_msg("%s: %s: %lu of %lu actions succeeded\n",
-				       env->mode->name, injectors[i].name,
-				       threads[i].nr_succeeded, threads[i].nr_acted);
-	}
+static void check_word(struct env *env, int page, int writer, u64 expected)
+{
+	u64 val = READ_ONCE(*(u64 *)(env->hva + word_offset(env, page, writer)));
+	struct shared *s = env->shared;
+	u64 val2;
 
-	for (i = 0; i < NR_INJECTORS; i++) {
-		TEST_ASSERT(!threads[i].env || threads[i].nr_succeeded,
-			    "%s never succeeded", injectors[i].name);
+	/* MADV_FREE may have taken effect since the vCPU looked at it. */
+	if (writer != HOST && env->mode->lossy && !val &&
+	    s->drop_begin[page] > s->before[writer][page])
+		return;
+
+	TEST_ASSERT(val == expected, "Page %d has 0x%lx of writer %d, expected 0x%lx",
+		    page, val, writer, expected);
+	if (env->alias) {
+		host_read_word(env, page, writer, &val2);
+		TEST_ASSERT(val2 == expected,
+			    "Page %d has 0x%lx of writer %d in the second mapping, expected 0x%lx",
+			    page, val2, writer, expected);
 	}
 }
 
 static void check_memory(struct env *env)
 {
 	struct shared *s = env->shared;
-	u64 val;
 	int i, j;
 
 	for (i = 0; i < NR_PAGES; i++) {
-		for (j = 0; j < env->nr_vcpus; j++) {
-			val = READ_ONCE(*(u64 *)(env->hva + word_offset(env, i, j)));
-			TEST_ASSERT(val == s->expected[j][i],
-				    "Page %d has 0x%lx of vCPU %d, expected 0x%lx",
-				    i, val, j, s->expected[j][i]);
-		}
+		for (j = 0; j < env->nr_vcpus; j++)
+			check_word(env, i, j, s->expected[j][i]);
+		check_word(env, i, HOST, s->done[HOST][i]);
 	}
 }
 
 /* Return NULL, or why there is nothing to run. */
-static const char *run_mode(struct env *env)
+static const char *run_mode(struct env *env, struct injector_thread *threads)
 {
-	static struct injector_thread threads[NR_INJECTORS];
 	const char *reason = env_create(env);
 	int i;
 
 	if (reason)
 		return reason;
 
-	ksft_print_msg("%s: seed 0x%x, %d vCPUs\n", env->mode->name, env->seed, env->nr_vcpus);
+	ksft_print_msg("%s: seed 0x%x, %d vCPUs\n", env->mode->name, env->user_seed, env->nr_vcpus);
 	ksft_print_msg("%s: KVM_CAP_MEMORY_FAULT_EXIT %d, manual protect %lu\n",
 		       env->mode->name, env->cap, env->manual_caps);
 
-	memset(threads, 0, sizeof(threads));
 	for (i = 0; i < env->nr_vcpus; i++)
 		kvm_pthread_create(&env->vcpus[i].thread, NULL, vcpu_fn, &env->vcpus[i]);
 	start_injectors(env, threads);
@@ -2003,7 +2204,7 @@ static const char *run_mode(struct env *env)
 		kvm_pthread_join(env->vcpus[i].thread, NULL);
 
 	check_memory(env);
-	report(env, threads);
+	report_vcpus(env);
 	return NULL;
 }
 
@@ -2015,14 +2216,52 @@ static void report_failure(void)
 	if (!failed_env)
 		return;
 
-	ksft_print_msg("Failed, to try again: -s 0x%x -m %s -v %d -n %lu -a %lu -i ",
-		       failed_env->seed, failed_env->mode->name, failed_env->nr_vcpus,
+	ksft_print_msg("Failed, to try again: -s 0x%x -m %s -v %d -n %lu -a %lu -i '",
+		       failed_env->user_seed, failed_env->mode->name, failed_env->nr_vcpus,
 		       failed_env->nr_accesses, failed_env->nr_actions);
 	for (i = 0; i < NR_INJECTORS; i++) {
 		if (failed_env->injectors & BIT(i))
 			printf("%s,", injectors[i].name);
 	}
-	printf("\n");
+	printf("'\n");
+}
+
+/* Run a mode.  Its result, and that of each injector in it, are results of their own. */
+static void test_mode(struct env *env)
+{
+	static struct injector_thread threads[NR_INJECTORS];
+	const char *mode = env->mode->name, *reason, *skip;
+	bool passed = true;
+	int i;
+
+	memset(threads, 0, sizeof(threads));
+	failed_env = env;
+	reason = run_mode(env, threads);
+	env_destroy(env);
+
+	if (reason)
+		ksft_test_result_skip("%s (%s)\n", reason, mode);
+	else
+		ksft_test_result_pass("%s\n", mode);
+
+	for (i = 0; i < NR_INJECTORS; i++) {
+		if (!(env->injectors & BIT(i)))
+			continue;
+
+		skip = reason ?: threads[i].skip;
+		if (skip) {
+			ksft_test_result_skip("%s (%s %s)\n", skip, mode, injectors[i].name);
+			continue;
+		}
+		ksft_test_result(threads[i].nr_succeeded, "%s %s: %lu of %lu actions succeeded\n",
+				 mode, injectors[i].name, threads[i].nr_succeeded,
+				 threads[i].nr_acted);
+		passed &= !!threads[i].nr_succeeded;
+	}
+
+	if (!passed)
+		report_failure();
+	failed_env = NULL;
 }
 
 static void help(const char *name)
@@ -2030,11 +2269,13 @@ static void help(const char *name)
 	int i;
 
 	printf("usage: %s [-h] [-s seed] [-n accesses] [-a actions] [-v vcpus]\n", name);
-	printf("       [-m mode]... [-i injector,...]\n");
+	printf("       [-w seconds] [-m mode]... [-i injector,...]\n");
 	printf(" -s: the seed of all random numbers, by default the time\n");
 	printf(" -n: the least number of accesses by each vCPU\n");
 	printf(" -a: the least number of actions by each injector\n");
 	printf(" -v: the number of vCPUs, at most %d\n", MAX_VCPUS);
+	printf(" -w: the number of seconds, without progress of a vCPU or success of an\n");
+	printf("     injector, to give up after\n");
 	printf(" -m: the kind of memory, by default all of\n    ");
 	for (i = 0; i < ARRAY_SIZE(modes); i++)
 		printf(" %s", modes[i].name);
@@ -2076,16 +2317,15 @@ int main(int argc, char *argv[])
 	const struct sigaction sa = { .sa_handler = signal_handler };
 	u64 mode_mask = 0, injector_mask = -1ull;
 	u64 nr_accesses = 1000, nr_actions = 5;
+	int nr_vcpus = 2, max_seconds = 120, nr_results = 0;
 	struct timespec now;
-	const char *reason;
-	int nr_vcpus = 2;
 	int opt, i;
 	u32 seed;
 
 	clock_gettime(CLOCK_REALTIME, &now);
 	seed = now.tv_sec ^ now.tv_nsec;
 
-	while ((opt = getopt(argc, argv, "s:n:a:v:m:i:h")) != -1) {
+	while ((opt = getopt(argc, argv, "s:n:a:v:w:m:i:h")) != -1) {
 		switch (opt) {
 		case 's':
 			seed = strtoul(optarg, NULL, 0);
@@ -2099,6 +2339,9 @@ int main(int argc, char *argv[])
 		case 'v':
 			nr_vcpus = atoi_positive("Number of vCPUs", optarg);
 			TEST_ASSERT(nr_vcpus <= MAX_VCPUS, "At most %d vCPUs", MAX_VCPUS);
+			break;
+		case 'w':
+			max_seconds = atoi_positive("Number of seconds", optarg);
 			break;
 		case 'm':
 			mode_mask |= parse_mode(optarg);
@@ -2114,20 +2357,23 @@ int main(int argc, char *argv[])
 	}
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_EXIT_ON_MISSING) == KVM_MEM_EXIT_ON_MISSING);
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
 
 	if (!mode_mask)
 		mode_mask = GENMASK(ARRAY_SIZE(modes) - 1, 0);
 
-	/*
-	 * Any policy but the default one disables NUMA balancing, whose hinting
-	 * faults make pages look missing.  Without CONFIG_NUMA, there is none.
-	 */
 	if (!(injector_mask & BIT(HINT)))
-		syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+		disable_numa_balancing();
+
+	for (i = 0; i < ARRAY_SIZE(modes); i++) {
+		if (mode_mask & BIT(i))
+			nr_results += 1 + __builtin_popcountll(modes[i].injectors & injector_mask);
+	}
 
 	ksft_print_header();
-	ksft_set_plan(__builtin_popcountll(mode_mask));
+	ksft_set_plan(nr_results);
 	TEST_ASSERT(!sigaction(SIGUSR1, &sa, NULL), "sigaction() failed, errno = %d", errno);
+	atexit(restore_settings);
 	atexit(report_failure);
 
 	for (i = 0; i < ARRAY_SIZE(modes); i++) {
@@ -2137,21 +2383,13 @@ int main(int argc, char *argv[])
 			.nr_accesses = nr_accesses,
 			.nr_actions = nr_actions,
 			.nr_vcpus = nr_vcpus,
-			.seed = seed,
+			.max_seconds = max_seconds,
+			.user_seed = seed,
+			.seed = new_rng(seed, STREAM_MODE + i).seed,
 		};
 
-		if (!(mode_mask & BIT(i)))
-			continue;
-
-		failed_env = &env;
-		reason = run_mode(&env);
-		env_destroy(&env);
-		failed_env = NULL;
-
-		if (reason)
-			ksft_test_result_skip("%s: %s\n", modes[i].name, reason);
-		else
-			ksft_test_result_pass("%s\n", modes[i].name);
+		if (mode_mask & BIT(i))
+			test_mode(&env);
 	}
 
 	ksft_finished();

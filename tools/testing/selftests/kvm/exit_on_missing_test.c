@@ -25,12 +25,12 @@
 #include <linux/bitmap.h>
 #include <linux/bits.h>
 #include <linux/log2.h>
-#include <linux/mempolicy.h>
 #include <linux/sizes.h>
 #include <linux/userfaultfd.h>
 
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
@@ -2422,11 +2422,7 @@ int main(int argc, char *argv[])
 	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed, errno = %d (%s)", errno, strerror(errno));
 	close(fd);
 
-	/*
-	 * Any policy but the default one disables NUMA balancing, whose hinting
-	 * faults make pages look missing.  Without CONFIG_NUMA, there is none.
-	 */
-	syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+	disable_numa_balancing();
 
 	return test_harness_run(argc, argv);
 }

@@ -13,18 +13,21 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include <linux/close_range.h>
-#include <linux/mempolicy.h>
 #include <linux/userfaultfd.h>
 
+#include "cgroup_util.h"
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
@@ -38,9 +41,6 @@
 #define TEST_NR_PAGES		8
 
 #define MAX_VCPUS		3
-
-/* For debug kernels that are emulated; nothing here takes long otherwise. */
-#define TIMEOUT_SECONDS		300
 
 #define SCRIBBLE		0xa5a5a5a5a5a5a5a5ul
 
@@ -84,6 +84,8 @@ static struct {
 	u64 gpa;
 	u32 not_present_token;
 	u32 ready_token;
+	u64 nr_not_present;
+	u64 nr_ready;
 	u64 nr_msis;
 } guest_apf;
 
@@ -92,8 +94,10 @@ static void guest_apf_handler(struct ex_regs *regs)
 	u32 token = READ_ONCE(guest_apf.data->token);
 
 	/* KVM wakes all tasks when the guest enables async page faults. */
-	if (token != ~0u)
+	if (token != ~0u) {
+		guest_apf.nr_ready++;
 		WRITE_ONCE(guest_apf.ready_token, token);
+	}
 
 	WRITE_ONCE(guest_apf.data->token, 0);
 	wrmsr(MSR_KVM_ASYNC_PF_ACK, 1);
@@ -102,7 +106,7 @@ static void guest_apf_handler(struct ex_regs *regs)
 
 static void guest_msi_handler(struct ex_regs *regs)
 {
-	WRITE_ONCE(guest_apf.nr_msis, guest_apf.nr_msis + 1);
+	guest_apf.nr_msis++;
 	x2apic_write_reg(APIC_EOI, 0);
 }
 
@@ -129,6 +133,7 @@ static u64 guest_read(u64 *mem)
 	GUEST_ASSERT_EQ(vector, PF_VECTOR);
 	GUEST_ASSERT_EQ(READ_ONCE(guest_apf.data->flags), KVM_PV_REASON_PAGE_NOT_PRESENT);
 	asm volatile("mov %%cr2, %0" : "=r"(val));
+	guest_apf.nr_not_present++;
 	WRITE_ONCE(guest_apf.not_present_token, val);
 	WRITE_ONCE(guest_apf.data->flags, 0);
 	return ~0ul;
@@ -297,7 +302,7 @@ static void install_signal_handler(void)
  * have the capability.  Once it has returned, no KVM_RUN that begins ends with
  * anything but a complete exit.  In between, an exit is one or the other.
  */
-#define CAP_NR_ROUNDS		10
+#define CAP_MIN_ROUNDS		10
 #define CAP_NR_EXITS		20
 
 struct cap_race {
@@ -311,6 +316,8 @@ struct cap_vcpu {
 	struct kvm_vcpu *vcpu;
 	u64 nr_bare;
 	u64 nr_complete;
+	/* KVM_RUNs that overlapped with KVM_ENABLE_CAP. */
+	u64 nr_overlaps;
 };
 
 static void *cap_vcpu_fn(void *arg)
@@ -341,13 +348,14 @@ static void *cap_vcpu_fn(void *arg)
 
 		WRITE_ONCE(v->nr_bare, v->nr_bare + bare);
 		v->nr_complete += complete;
+		v->nr_overlaps += begun && !done;
 	}
 
 	TEST_ASSERT_EQ(vcpu_get_stat(v->vcpu, memory_fault_exits), v->nr_complete);
 	return NULL;
 }
 
-static void enable_cap_once(struct cap_race *race)
+static void enable_cap_once(struct cap_race *race, u64 *nr_overlaps)
 {
 	struct cap_vcpu vcpus[MAX_VCPUS] = {};
 	pthread_t threads[MAX_VCPUS];
@@ -374,32 +382,30 @@ static void enable_cap_once(struct cap_race *race)
 	vm_enable_cap(env->vm, KVM_CAP_MEMORY_FAULT_EXIT, ALL_ACCESSES);
 	__atomic_store_n(&race->done, true, __ATOMIC_RELEASE);
 
-	for (i = 0; i < MAX_VCPUS; i++)
+	for (i = 0; i < MAX_VCPUS; i++) {
 		kvm_pthread_join(threads[i], NULL);
+		nr_overlaps[i] += vcpus[i].nr_overlaps;
+	}
 
 	env_destroy(env);
 }
 
-FIXTURE(cap) {
-	struct cap_race race;
-};
-
-FIXTURE_SETUP(cap)
+/* Go on until the race has happened to each of the accesses. */
+TEST(enable_cap)
 {
-}
+	u64 nr_overlaps[MAX_VCPUS] = {};
+	int nr_rounds;
 
-FIXTURE_TEARDOWN(cap)
-{
-}
+	for (nr_rounds = 0;
+	     nr_rounds < CAP_MIN_ROUNDS || !nr_overlaps[0] || !nr_overlaps[1] || !nr_overlaps[2];
+	     nr_rounds++) {
+		struct cap_race race = {};
 
-TEST_F_TIMEOUT(cap, enable, TIMEOUT_SECONDS)
-{
-	int i;
-
-	for (i = 0; i < CAP_NR_ROUNDS; i++) {
-		memset(&self->race, 0, sizeof(self->race));
-		enable_cap_once(&self->race);
+		enable_cap_once(&race, nr_overlaps);
 	}
+
+	pr_info("%d rounds, KVM_RUNs that overlapped: %lu reads, %lu writes, %lu fetches\n",
+		nr_rounds, nr_overlaps[0], nr_overlaps[1], nr_overlaps[2]);
 }
 
 /*
@@ -414,11 +420,13 @@ struct progress {
 	u64 nr_exits;
 	u64 nr_toggles;
 	u64 nr_messages;
+	/* The thread that toggles the flag. */
+	pid_t toggle_tid;
 	/* Set by the parent. */
 	bool close;
 	bool stop_serving;
-	/* A message was read and isn't going to be answered. */
-	bool unserved;
+	/* Messages of vCPUs that were read and aren't going to be answered. */
+	u64 nr_unserved;
 };
 
 struct teardown {
@@ -480,6 +488,7 @@ static void *teardown_server_fn(void *arg)
 	struct env *env = &teardown->env;
 	struct pollfd pollfd = { .fd = env->uffd, .events = POLLIN };
 	struct uffd_msg msg;
+	char path[64];
 	int r;
 
 	for (;;) {
@@ -495,7 +504,12 @@ static void *teardown_server_fn(void *arg)
 		TEST_ASSERT(r == sizeof(msg), __KVM_SYSCALL_ERROR("read()", r));
 
 		if (READ_ONCE(progress->stop_serving)) {
-			WRITE_ONCE(progress->unserved, true);
+			/* A worker isn't waited for, the flag's next change would succeed. */
+			snprintf(path, sizeof(path), "/proc/self/task/%d",
+				 msg.arg.pagefault.feat.ptid);
+			if (access(path, F_OK))
+				continue;
+			WRITE_ONCE(progress->nr_unserved, 1);
 			return NULL;
 		}
 
@@ -513,6 +527,8 @@ static void *teardown_toggle_fn(void *arg)
 	u32 flags;
 	int r;
 
+	progress->toggle_tid = syscall(__NR_gettid);
+
 	for (;;) {
 		flags = progress->nr_toggles % 2 ? 0 : KVM_MEM_EXIT_ON_MISSING;
 		r = __vm_set_user_memory_region(env->vm, TEST_SLOT, flags, TEST_GPA,
@@ -527,6 +543,37 @@ static void *teardown_toggle_fn(void *arg)
 	}
 }
 
+/* A memory cgroup of the process that is to die, or NULL. */
+static char *cgroup;
+
+static long nr_page_table_bytes(void)
+{
+	return cg_read_key_long(cgroup, "memory.stat", "sec_pagetables ");
+}
+
+static void destroy_cgroup(void)
+{
+	cg_destroy(cgroup);
+	free(cgroup);
+	cgroup = NULL;
+}
+
+static void create_cgroup(void)
+{
+	char root[PATH_MAX];
+
+	if (cg_find_unified_root(root, sizeof(root), NULL))
+		return;
+
+	/* It may be enabled already; whether it is will be seen. */
+	cg_write(root, "cgroup.subtree_control", "+memory");
+	cgroup = cg_name_indexed(root, "kvm_memory_fault", getpid());
+	if (cg_create(cgroup) || nr_page_table_bytes() < 0)
+		destroy_cgroup();
+	else
+		atexit(destroy_cgroup);
+}
+
 static void teardown_child(struct progress *progress)
 {
 	struct teardown teardown = { .progress = progress };
@@ -534,6 +581,10 @@ static void teardown_child(struct progress *progress)
 	pthread_t threads[TEARDOWN_NR_VCPUS + 2];
 	struct env *env = &teardown.env;
 	int i;
+
+	/* Don't outlive a parent that fails. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	TEST_ASSERT(!cgroup || !cg_enter_current(cgroup), "Can't enter %s", cgroup);
 
 	install_signal_handler();
 	env_create(env, TEARDOWN_NR_VCPUS);
@@ -565,34 +616,12 @@ static void teardown_child(struct progress *progress)
 	_exit(0);
 }
 
-/* The kernel's count of the memory of all VMs' page tables. */
-static size_t nr_secondary_pagetable_kb(void)
-{
-	char line[128];
-	size_t kb = ~0ul;
-	FILE *f;
-	int fd;
-
-	/* Fold the differences that each CPU keeps to itself; needs privilege. */
-	fd = open("/proc/sys/vm/stat_refresh", O_RDONLY | O_CLOEXEC);
-	if (fd >= 0) {
-		(void)!read(fd, line, sizeof(line));
-		close(fd);
-	}
-
-	f = fopen("/proc/meminfo", "re");
-	TEST_ASSERT(f, "Can't open /proc/meminfo, errno = %d", errno);
-	while (kb == ~0ul && fgets(line, sizeof(line), f))
-		sscanf(line, "SecPageTables: %zu", &kb);
-	fclose(f);
-	TEST_ASSERT(kb != ~0ul, "No SecPageTables in /proc/meminfo");
-	return kb;
-}
-
 /* As long as a VM lives, debugfs has a directory PID-FD for it. */
+#define KVM_DEBUGFS		"/sys/kernel/debug/kvm"
+
 static bool vm_exists(pid_t pid)
 {
-	DIR *dir = opendir("/sys/kernel/debug/kvm");
+	DIR *dir = opendir(KVM_DEBUGFS);
 	struct dirent *entry;
 	bool exists = false;
 	int owner, len;
@@ -607,8 +636,34 @@ static bool vm_exists(pid_t pid)
 	return exists;
 }
 
+/*
+ * While a vCPU sleeps in KVM_RUN, the next change of the flag doesn't return.  Wait
+ * until the thread is in uninterruptible sleep, and stays there for a while, i.e.
+ * isn't merely waiting for a lock.
+ */
+static void wait_for_sleep(struct progress *progress, pid_t child)
+{
+	u64 nr_toggles = 0;
+	char path[64], state;
+	int nr = 0;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", child, progress->toggle_tid);
+	while (nr < 20) {
+		f = fopen(path, "re");
+		TEST_ASSERT(f, "Can't open %s, errno = %d", path, errno);
+		TEST_ASSERT_EQ(fscanf(f, "%*d (%*[^)]) %c", &state), 1);
+		fclose(f);
+
+		nr = state == 'D' && READ_ONCE(progress->nr_toggles) == nr_toggles ? nr + 1 : 0;
+		nr_toggles = READ_ONCE(progress->nr_toggles);
+		usleep(1000);
+	}
+}
+
 FIXTURE(teardown) {
 	struct progress *progress;
+	bool have_debugfs;
 };
 
 FIXTURE_VARIANT(teardown) {
@@ -642,6 +697,12 @@ FIXTURE_VARIANT_ADD(teardown, closed_asleep) {
 
 FIXTURE_SETUP(teardown)
 {
+	self->have_debugfs = !access(KVM_DEBUGFS, R_OK);
+	create_cgroup();
+	pr_info("debugfs %s VMs, a memory cgroup %s page tables\n",
+		self->have_debugfs ? "counts" : "doesn't count",
+		cgroup ? "counts" : "doesn't count");
+
 	self->progress = kvm_mmap(sizeof(*self->progress), PROT_READ | PROT_WRITE,
 				  MAP_SHARED | MAP_ANONYMOUS, -1);
 }
@@ -649,6 +710,7 @@ FIXTURE_SETUP(teardown)
 FIXTURE_TEARDOWN(teardown)
 {
 	kvm_munmap(self->progress, sizeof(*self->progress));
+	destroy_cgroup();
 }
 
 static void wait_for(u64 *counter, u64 min, pid_t child)
@@ -659,11 +721,10 @@ static void wait_for(u64 *counter, u64 min, pid_t child)
 	}
 }
 
-TEST_F_TIMEOUT(teardown, in_flight, TIMEOUT_SECONDS)
+TEST_F(teardown, in_flight)
 {
 	struct kvm_random_state random = new_kvm_random_state(kvm_random_seed);
 	struct progress *progress = self->progress;
-	size_t nr_kb = nr_secondary_pagetable_kb();
 	int round, status;
 	pid_t child;
 
@@ -678,13 +739,15 @@ TEST_F_TIMEOUT(teardown, in_flight, TIMEOUT_SECONDS)
 		wait_for(&progress->nr_exits, 4 << round, child);
 		wait_for(&progress->nr_toggles, 4 << round, child);
 		wait_for(&progress->nr_messages, 2, child);
-		if (geteuid() == 0)
+		if (self->have_debugfs)
 			TEST_ASSERT(vm_exists(child), "debugfs doesn't know the VM");
+		if (cgroup)
+			TEST_ASSERT(nr_page_table_bytes(), "The VM has no page tables");
 
 		if (variant->stop_serving) {
 			WRITE_ONCE(progress->stop_serving, true);
-			while (!READ_ONCE(progress->unserved))
-				usleep(1000);
+			wait_for(&progress->nr_unserved, 1, child);
+			wait_for_sleep(progress, child);
 		}
 		usleep(kvm_random_u32_in_range(&random, 0, 20000));
 
@@ -701,14 +764,13 @@ TEST_F_TIMEOUT(teardown, in_flight, TIMEOUT_SECONDS)
 			TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
 				    "The child's status is 0x%x", status);
 
-		/* A worker may have been the last to hold on to the memory map. */
-		while (vm_exists(child))
+		/*
+		 * A worker may have been the last to hold on to the memory map,
+		 * and RCU frees page tables.  What never goes ends in a timeout.
+		 */
+		while (vm_exists(child) || (cgroup && nr_page_table_bytes()))
 			usleep(1000);
 	}
-
-	/* RCU frees them. */
-	while (nr_secondary_pagetable_kb() > nr_kb)
-		usleep(1000);
 }
 
 #ifdef __x86_64__
@@ -731,6 +793,9 @@ FIXTURE(async_pf) {
 	struct async_pf apf;
 };
 
+/* PROC_PID_INIT_INO */
+#define INIT_PID_NS		"pid:[4026531836]"
+
 static u64 page_content(int page)
 {
 	return 0xabcd0000 + page;
@@ -747,10 +812,15 @@ FIXTURE_SETUP(async_pf)
 {
 	struct async_pf *apf = &self->apf;
 	struct env *env = &apf->env;
+	char pid_ns[32] = {};
 	int i;
 
 	if (!kvm_cpu_has(X86_FEATURE_KVM_ASYNC_PF_INT))
 		SKIP(return, "no KVM_FEATURE_ASYNC_PF_INT");
+	/* userfaultfd tells the worker's ID, which is that of the first namespace. */
+	if (readlink("/proc/self/ns/pid", pid_ns, sizeof(pid_ns) - 1) > 0 &&
+	    strcmp(pid_ns, INIT_PID_NS))
+		SKIP(return, "not in the first PID namespace");
 
 	install_signal_handler();
 	env_create(env, 1);
@@ -771,6 +841,7 @@ FIXTURE_TEARDOWN(async_pf)
 	if (!env->vm)
 		return;
 
+	kvm_munmap(self->apf.src, env->size);
 	env_destroy(env);
 	close(env->uffd);
 }
@@ -924,9 +995,10 @@ static void begin_async_pf(struct async_pf *apf, int page)
 }
 
 /* The guest knows nothing about async page faults, thus KVM halts the vCPU. */
-TEST_F_TIMEOUT(async_pf, halted, TIMEOUT_SECONDS)
+TEST_F(async_pf, halted)
 {
 	struct async_pf *apf = &self->apf;
+	typeof(guest_apf) *guest = addr_gva2hva(apf->env.vm, (gva_t)&guest_apf);
 	struct kvm_msi msi = { .address_lo = APIC_DEFAULT_GPA, .data = MSI_VECTOR };
 	int i;
 
@@ -970,10 +1042,11 @@ TEST_F_TIMEOUT(async_pf, halted, TIMEOUT_SECONDS)
 	start_run(apf);
 	expect_content(apf, 3);
 	expect_nr_exits(apf, 4);
+	TEST_ASSERT_EQ(guest->nr_msis, 1);
 }
 
 /* The guest is told that the page isn't present, and that it has come. */
-TEST_F_TIMEOUT(async_pf, paravirtual, TIMEOUT_SECONDS)
+TEST_F(async_pf, paravirtual)
 {
 	struct async_pf *apf = &self->apf;
 	typeof(guest_apf) *guest = addr_gva2hva(apf->env.vm, (gva_t)&guest_apf);
@@ -1008,8 +1081,10 @@ TEST_F_TIMEOUT(async_pf, paravirtual, TIMEOUT_SECONDS)
 	serve_and_drop(apf, 0);
 	set_access(&apf->env, 0, GUEST_SPIN, 0);
 	start_run(apf);
-	while (!READ_ONCE(guest->ready_token))
+	while (!READ_ONCE(guest->ready_token)) {
+		TEST_ASSERT(pthread_tryjoin_np(apf->thread, NULL), "KVM_RUN has ended");
 		sched_yield();
+	}
 	TEST_ASSERT_EQ(guest->ready_token, guest->not_present_token);
 	kick_and_expect_nothing(apf);
 	WRITE_ONCE(apf->env.cmds[0].spin, false);
@@ -1026,6 +1101,8 @@ TEST_F_TIMEOUT(async_pf, paravirtual, TIMEOUT_SECONDS)
 	start_run(apf);
 	expect_content(apf, 0);
 	expect_nr_exits(apf, 4);
+	TEST_ASSERT_EQ(guest->nr_not_present, 1);
+	TEST_ASSERT_EQ(guest->nr_ready, 1);
 }
 #endif
 
@@ -1035,16 +1112,13 @@ int main(int argc, char *argv[])
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_EXIT_ON_MISSING) == KVM_MEM_EXIT_ON_MISSING);
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_MEMORY_FAULT_EXIT) == ALL_ACCESSES);
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
 
 	fd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed, errno = %d (%s)", errno, strerror(errno));
 	close(fd);
 
-	/*
-	 * Any policy but the default one disables NUMA balancing, whose hinting
-	 * faults make pages look missing.  Without CONFIG_NUMA, there is none.
-	 */
-	syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+	disable_numa_balancing();
 
 	return test_harness_run(argc, argv);
 }

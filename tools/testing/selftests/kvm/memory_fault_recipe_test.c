@@ -18,13 +18,13 @@
 #include <unistd.h>
 
 #include <linux/kvm.h>
-#include <linux/mempolicy.h>
 #include <linux/sizes.h>
 #include <linux/userfaultfd.h>
 
 #include "kselftest.h"
 #include "kvm_util.h"
 #include "memory_fault_recipe.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
@@ -492,8 +492,7 @@ int main(void)
 	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed, errno = %d (%s)", errno, strerror(errno));
 	close(fd);
 
-	/* NUMA balancing makes pages look missing, and so may cause exits. */
-	syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+	disable_numa_balancing();
 
 	ksft_set_plan(ARRAY_SIZE(backings));
 

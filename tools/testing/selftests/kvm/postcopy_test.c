@@ -5,7 +5,9 @@
  * The guest verifies its own memory: each vCPU has a record in each page, with the
  * record's address, a generation, a checksum and a pattern, and knows which
  * generation it has written.  It reads and writes them in random order, while the
- * guest is moved to a process that has none of its memory.
+ * guest is moved to a process that has none of its memory.  A timer interrupts each
+ * vCPU, and counts: the interrupt controller, the timer, and interrupts on their way
+ * when a vCPU exits, are moved as well.
  *
  * By "exits", vCPUs that need a page exit to userspace, see KVM_MEM_EXIT_ON_MISSING;
  * by "userfaultfd", they sleep in the kernel.
@@ -19,8 +21,11 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <sys/wait.h>
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include <linux/mempolicy.h>
 #include <linux/sizes.h>
@@ -28,6 +33,11 @@
 #ifdef __x86_64__
 #include <asm/kvm_para.h>
 #include <asm/pvclock-abi.h>
+
+#include "apic.h"
+#else
+#include "arch_timer.h"
+#include "gic.h"
 #endif
 
 #include "kselftest.h"
@@ -55,6 +65,7 @@ struct mailbox {
 	struct {
 		u64 work;
 		u64 writes;
+		u64 ticks;
 		/* Cycles of the first access to a page after the migration. */
 		struct pc_hist first[2];
 	} vcpus[PC_MAX_VCPUS];
@@ -78,10 +89,24 @@ struct guest_config {
 	u64 seed;
 	bool clock;
 	bool steal;
+	bool ticks;
 };
 
 static struct guest_config guest_config;
 static bool pv_clock, pv_steal;
+
+/* Of each vCPU's timer, as the guest has counted. */
+#define TICK_MS		10
+static u64 guest_ticks[PC_MAX_VCPUS];
+
+static void guest_tick(u32 vcpu_id)
+{
+	struct mailbox *box = (void *)MAILBOX_GPA;
+
+	GUEST_ASSERT_EQ(guest_ticks[vcpu_id], box->vcpus[vcpu_id].ticks);
+	guest_ticks[vcpu_id]++;
+	box->vcpus[vcpu_id].ticks++;
+}
 
 /* A record begins with these words, the rest is the pattern. */
 enum { ADDRESS, GENERATION, CHECKSUM, PATTERN };
@@ -218,6 +243,31 @@ static u64 cycles_khz(struct kvm_vm *vm)
 {
 	return __vm_ioctl(vm, KVM_GET_TSC_KHZ, NULL);
 }
+
+#define TICK_VECTOR	0x40
+#define APIC_TDCR_DIV_1	0xb
+
+static void guest_tick_handler(struct ex_regs *regs)
+{
+	guest_tick(x2apic_read_reg(APIC_ID));
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+static void guest_tick_init(void)
+{
+	x2apic_enable();
+	x2apic_write_reg(APIC_TDCR, APIC_TDCR_DIV_1);
+	x2apic_write_reg(APIC_LVTT, APIC_LVT_TIMER_PERIODIC | TICK_VECTOR);
+	/* KVM's APIC counts nanoseconds. */
+	x2apic_write_reg(APIC_TMICT, TICK_MS * 1000000);
+	asm volatile("sti");
+}
+
+static bool setup_ticks(struct kvm_vm *vm, struct kvm_vcpu **vcpus, int nr_vcpus)
+{
+	vm_install_exception_handler(vm, TICK_VECTOR, guest_tick_handler);
+	return true;
+}
 #else
 #define PV_TIME_ST	0xc5000021
 
@@ -286,6 +336,48 @@ static u64 cycles_khz(struct kvm_vm *vm)
 {
 	return read_sysreg(cntfrq_el0) / 1000;
 }
+
+static u32 tick_irq;
+
+static void guest_tick_handler(struct ex_regs *regs)
+{
+	u32 irq = gic_get_and_ack_irq();
+
+	/* The timer's line may have gone down meanwhile. */
+	if (irq == IAR_SPURIOUS)
+		return;
+
+	GUEST_ASSERT_EQ(irq, tick_irq);
+	timer_set_next_cval_ms(VIRTUAL, TICK_MS);
+	guest_tick(guest_get_vcpuid());
+	gic_set_eoi(irq);
+}
+
+static void guest_tick_init(void)
+{
+	gic_init(GIC_V3, guest_config.nr_vcpus);
+	gic_irq_enable(tick_irq);
+	timer_set_next_cval_ms(VIRTUAL, TICK_MS);
+	timer_set_ctl(VIRTUAL, CTL_ENABLE);
+	local_irq_enable();
+}
+
+static bool setup_ticks(struct kvm_vm *vm, struct kvm_vcpu **vcpus, int nr_vcpus)
+{
+	int i;
+
+	if (!vm->arch.has_gic)
+		return false;
+
+	vm_init_descriptor_tables(vm);
+	vm_install_exception_handler(vm, VECTOR_IRQ_CURRENT, guest_tick_handler);
+	for (i = 0; i < nr_vcpus; i++)
+		vcpu_init_descriptor_tables(vcpus[i]);
+
+	tick_irq = vcpu_get_vtimer_irq(vcpus[0]);
+	sync_global_to_guest(vm, tick_irq);
+	return true;
+}
 #endif
 
 static void guest_check(u64 vcpu_id, u64 *record, u32 generation)
@@ -310,6 +402,8 @@ static void guest_code(u64 vcpu_id)
 	bool blind;
 
 	guest_pv_init(vcpu_id);
+	if (config->ticks)
+		guest_tick_init();
 
 	while (!READ_ONCE(box->stop)) {
 		i = guest_random(&random) % config->nr_blocks;
@@ -361,6 +455,8 @@ struct config {
 	u32 seed;
 	bool dirty_log;
 	u32 push_delay;
+	u32 linger_ms;
+	bool tcp;
 	bool quiet;
 
 	/* Trouble: percentages, and ways to break the connection. */
@@ -369,7 +465,8 @@ struct config {
 	u64 corrupt, zero, lose;
 	/* Hold back the page that vCPU 0's steal time is in. */
 	bool hold;
-	/* What to do while the first connection is broken. */
+	/* What to do before there is a source, and while the first connection is broken. */
+	void (*beginning)(const struct config *config);
 	void (*scenario)(const struct config *config);
 };
 
@@ -381,6 +478,7 @@ struct shared {
 
 	/* Done by the source. */
 	u64 work[PC_MAX_VCPUS];
+	u64 ticks[PC_MAX_VCPUS];
 
 	/* For the source, which waits for "go" before it connects again. */
 	bool hold;
@@ -389,6 +487,9 @@ struct shared {
 	bool wait_for_go;
 	bool go;
 	bool broken;
+
+	/* The destination takes connections. */
+	bool listens;
 
 	u32 inspect;
 	u32 inspected;
@@ -408,9 +509,53 @@ struct shared {
 
 static struct shared *shared;
 static size_t shared_size;
-static struct sockaddr_un address;
+static struct sockaddr_storage address;
 static socklen_t address_size;
 static int listen_fd;
+
+static int open_socket(void)
+{
+	int fd = socket(address.ss_family, SOCK_STREAM, 0), one = 1;
+
+	/* Requests are small, and vCPUs wait for the answer. */
+	if (fd >= 0 && address.ss_family == AF_INET)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	return fd;
+}
+
+/* The kernel picks the name, or the port.  Returns -1 if that doesn't work. */
+static int listen_somewhere(const struct config *config)
+{
+	struct sockaddr_in in = {
+		.sin_family = AF_INET,
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+	};
+	int fd;
+
+	memset(&address, 0, sizeof(address));
+	address.ss_family = AF_UNIX;
+	address_size = sizeof(address.ss_family);
+	if (config->tcp) {
+		memcpy(&address, &in, sizeof(in));
+		address_size = sizeof(in);
+	}
+
+	fd = open_socket();
+	if (fd < 0 || bind(fd, (void *)&address, address_size))
+		return -1;
+
+	address_size = sizeof(address);
+	return getsockname(fd, (void *)&address, &address_size) || listen(fd, 8) ? -1 : fd;
+}
+
+static int connect_to_destination(void)
+{
+	int fd = open_socket();
+
+	TEST_ASSERT(fd >= 0 && !connect(fd, (void *)&address, address_size),
+		    "connect() failed, errno = %d", errno);
+	return fd;
+}
 
 static u64 guest_work(void)
 {
@@ -527,6 +672,7 @@ static struct pc_dst *create_vm(const struct config *config)
 	virt_map(vm, MAILBOX_GPA, MAILBOX_GPA, mailbox_size / vm->page_size);
 
 	layout_guest(config, &guest);
+	guest.ticks = setup_ticks(vm, vcpus, config->nr_vcpus);
 	guest_config = guest;
 	sync_global_to_guest(vm, guest_config);
 
@@ -649,12 +795,9 @@ static pid_t start_sender(struct pc_source *src)
 		return pid;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	fd = socket(AF_UNIX, SOCK_STREAM, 0);
-	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("socket()", fd));
+	fd = connect_to_destination();
 	/* Whatever is in a buffer is sent before a page that is needed at once. */
 	setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &sndbuf, sizeof(sndbuf));
-	TEST_ASSERT(!connect(fd, (void *)&address, address_size),
-		    "connect() failed, errno = %d", errno);
 	_exit(pc_send_guest(src, fd) ? 1 : 0);
 }
 
@@ -678,6 +821,7 @@ static void __noreturn run_source(const struct config *config)
 
 	pc_run_vcpus(vm);
 	wait_for_work(2 * guest_config.nr_blocks);
+	usleep(config->linger_ms * 1000);
 
 	shared->stats.paused_ns = pc_now();
 	pc_pause_vcpus(vm);
@@ -691,6 +835,7 @@ static void __noreturn run_source(const struct config *config)
 	for (i = 0; i < config->nr_vcpus; i++) {
 		memset(mailbox->vcpus[i].first, 0, sizeof(mailbox->vcpus[i].first));
 		shared->work[i] = mailbox->vcpus[i].work;
+		shared->ticks[i] = mailbox->vcpus[i].ticks;
 	}
 
 	for (connection = 0;; connection++) {
@@ -771,7 +916,7 @@ static void *get_regs_fn(void *arg)
  */
 static void inspect(struct pc_dst *dst, const struct config *config)
 {
-	int nr = config->nr_vcpus, user = 0, kernel = 0, last, i;
+	int nr = config->nr_vcpus, user = 0, kernel = 0, tries = 0, last, i;
 	struct get_regs get = { .vcpu = &dst->vcpus[0] };
 	struct pc_vcpu *vcpu;
 	pthread_t thread;
@@ -808,23 +953,20 @@ static void inspect(struct pc_dst *dst, const struct config *config)
 		shared->get_regs_blocks = !READ_ONCE(get.done);
 	}
 
-	if (user) {
-		pc_pause_vcpus(dst);
-		do {
-			usleep(1000);
-			for (i = shared->paused = 0; i < nr; i++)
-				shared->paused += READ_ONCE(dst->vcpus[i].parked);
-		} while (shared->paused < user);
-	}
+	/* Give those a chance that need not stop, too. */
+	pc_pause_vcpus(dst);
+	do {
+		usleep(1000);
+		for (i = shared->paused = 0; i < nr; i++)
+			shared->paused += READ_ONCE(dst->vcpus[i].parked);
+	} while (shared->paused < user || (shared->paused < nr && ++tries < 500));
 
 	WRITE_ONCE(shared->inspected, shared->inspect);
 	wait_for(&shared->go);
 
 	/* It takes a vCPU that leaves KVM_RUN. */
-	if (get.tid) {
-		pc_pause_vcpus(dst);
+	if (get.tid)
 		kvm_pthread_join(thread, NULL);
-	}
 	pc_resume_vcpus(dst);
 }
 
@@ -891,6 +1033,62 @@ static void sweep(struct pc_dst *dst, const struct config *config)
 	}
 }
 
+static u64 count_exits(struct pc_dst *dst)
+{
+	u64 exits = 0;
+	int i;
+
+	for (i = 0; i < dst->layout.nr_vcpus && has_exit_on_missing(dst->vm->fd); i++)
+		exits += vcpu_get_stat(dst->vcpus[i].vcpu, memory_fault_exits);
+	return exits;
+}
+
+/*
+ * The content remains, but KVM needs page faults to get at it, i.e. a slot that
+ * still has the flag exits: shared memory is unmapped, and the child of a fork
+ * leaves private memory write-protected.
+ */
+static void make_inaccessible(struct pc_dst *dst)
+{
+	pid_t pid = fork();
+	int i, r;
+
+	TEST_ASSERT(pid >= 0, __KVM_SYSCALL_ERROR("fork()", pid));
+	if (!pid)
+		_exit(0);
+	TEST_ASSERT(waitpid(pid, NULL, 0) == pid, "waitpid() failed");
+
+	for (i = 0; i < dst->layout.nr_slots; i++) {
+		if (!dst->mems[i].alias)
+			continue;
+		r = madvise((void *)dst->mems[i].region.userspace_addr,
+			    dst->mems[i].region.memory_size, MADV_DONTNEED);
+		TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("madvise()", r));
+	}
+}
+
+/* Each vCPU has to work, and to be interrupted by its timer. */
+static void go_on_verified(const struct config *config)
+{
+	u64 end = pc_now() + config->linger_ms * 1000000ull, work;
+	int i;
+
+	wait_for_work(guest_work() + guest_config.nr_blocks);
+	while (pc_now() < end)
+		usleep(1000);
+
+	/* A vCPU that has run, and for that long, must have seen ticks. */
+	end = pc_now() + 10 * NSEC_PER_SEC;
+	for (i = 0; i < config->nr_vcpus && guest_config.ticks; i++) {
+		work = READ_ONCE(mailbox->vcpus[i].work) + guest_config.nr_blocks;
+		while (READ_ONCE(mailbox->vcpus[i].ticks) < shared->ticks[i] + 3) {
+			if (pc_now() > end && READ_ONCE(mailbox->vcpus[i].work) > work)
+				report_mismatch("vCPU %d has lost its timer", i);
+			usleep(1000);
+		}
+	}
+}
+
 static void __noreturn run_destination(const struct config *config)
 {
 	struct pc_dst *dst = create_vm(config);
@@ -901,6 +1099,10 @@ static void __noreturn run_destination(const struct config *config)
 	dst->nr_mems = dst->layout.nr_slots;
 
 	pc_dst_start(dst);
+	if (config->beginning) {
+		shared->layout = dst->layout;
+		WRITE_ONCE(shared->listens, true);
+	}
 	pc_dst_wait_state(dst);
 	pc_dst_run(dst);
 
@@ -912,13 +1114,19 @@ static void __noreturn run_destination(const struct config *config)
 	pc_dst_wait_pages(dst);
 	pc_dst_finish(dst);
 
-	wait_for_work(guest_work() + guest_config.nr_blocks);
+	pc_pause_vcpus(dst);
+	for (i = 0; i < config->nr_vcpus; i++)
+		wait_for(&dst->vcpus[i].parked);
+	shared->stats.exits = count_exits(dst);
+	make_inaccessible(dst);
+	pc_resume_vcpus(dst);
+
+	go_on_verified(config);
 	WRITE_ONCE(mailbox->stop, true);
 	pc_join_vcpus(dst);
 
-	for (i = 0; i < config->nr_vcpus && has_exit_on_missing(dst->vm->fd); i++)
-		shared->stats.exits += vcpu_get_stat(dst->vcpus[i].vcpu, memory_fault_exits);
-
+	if (count_exits(dst) != shared->stats.exits)
+		report_mismatch("%lu exits after the end", count_exits(dst) - shared->stats.exits);
 	sweep(dst, config);
 	_exit(0);
 }
@@ -982,7 +1190,8 @@ static void show_progress(const struct config *config, bool end)
 		printf("# ");
 	}
 	printf("%s: %lu pages in, %lu left, %lu pages/s, %d faults outstanding%s", by_name(config),
-	       pages, stats->total - pages, rate, READ_ONCE(stats->outstanding),
+	       pages, stats->total - pages, rate,
+	       READ_ONCE(stats->outstanding) + READ_ONCE(stats->waiting),
 	       bar && !end ? " " : "\n");
 	fflush(stdout);
 }
@@ -1184,18 +1393,12 @@ do {							\
 
 static void start_migration(const struct config *config)
 {
-	address = (struct sockaddr_un) { .sun_family = AF_UNIX };
-	address_size = sizeof(address);
 	memset(shared, 0, shared_size);
 	memset(mailbox, 0, mailbox_size);
 	nr_samples = 0;
 
-	/* The kernel picks the name. */
-	listen_fd = socket(AF_UNIX, SOCK_STREAM, 0);
-	TEST_ASSERT(listen_fd >= 0 &&
-		    !bind(listen_fd, (void *)&address, sizeof(address.sun_family)) &&
-		    !getsockname(listen_fd, (void *)&address, &address_size) &&
-		    !listen(listen_fd, 8), "No socket, errno = %d", errno);
+	listen_fd = listen_somewhere(config);
+	TEST_ASSERT(listen_fd >= 0, "No socket, errno = %d", errno);
 
 	layout_guest(config, &guest_config);
 	shared->wait_for_go = config->scenario;
@@ -1204,6 +1407,10 @@ static void start_migration(const struct config *config)
 	mailbox->no_emulation = config->scenario;
 	mailbox->no_blind_writes = config->corrupt || config->zero;
 	destination = start(run_destination, config);
+	if (config->beginning) {
+		wait_for(&shared->listens);
+		config->beginning(config);
+	}
 	source = start(run_source, config);
 }
 
@@ -1295,16 +1502,6 @@ static void test_dirty_log(struct config config)
 	migrate_well(&config);
 }
 
-/* While the connection is broken: bad messages are refused, and touch nothing. */
-static int connect_to_destination(void)
-{
-	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-
-	TEST_ASSERT(fd >= 0 && !connect(fd, (void *)&address, address_size),
-		    "connect() failed, errno = %d", errno);
-	return fd;
-}
-
 /* The first thing that the destination says, after a good HELLO, is its layout. */
 static struct pc_layout say_hello(int fd, const struct pc_layout *layout)
 {
@@ -1317,91 +1514,151 @@ static struct pc_layout say_hello(int fd, const struct pc_layout *layout)
 	return theirs;
 }
 
-static void send_bad_message(const struct config *config, const struct pc_layout *layout,
-			     const struct pc_msg *msg, size_t len, const char *error)
+/*
+ * What else the destination has to say isn't of interest, but that it hangs up is:
+ * by then, it has said why.
+ */
+static void hang_up(int fd)
 {
-	u64 pages = shared->stats.pages, refused = shared->stats.refused;
+	char buf[SZ_4K];
+
+	shutdown(fd, SHUT_WR);
+	while (recv(fd, buf, sizeof(buf), 0) > 0)
+		;
+	close(fd);
+}
+
+/* It's refused, and nothing is touched. */
+static void send_bad(const struct config *config, const struct pc_layout *layout,
+		     const void *message, size_t len, const char *error)
+{
+	u64 received = shared->stats.received, pages = shared->stats.pages;
+	u64 refused = shared->stats.refused;
 	int fd = connect_to_destination();
-	char payload[SZ_8K] = { 1 };
 
 	if (layout)
 		say_hello(fd, layout);
-	send(fd, msg, sizeof(*msg), MSG_NOSIGNAL);
-	if (len)
-		send(fd, payload, len, MSG_NOSIGNAL);
-	shutdown(fd, SHUT_WR);
+	send(fd, message, len, MSG_NOSIGNAL);
+	hang_up(fd);
 
-	/* What the destination has to say isn't of interest, but that it hangs up is. */
-	while (recv(fd, payload, sizeof(payload), 0) > 0)
-		;
-	close(fd);
-
-	while (READ_ONCE(shared->stats.refused) == refused)
-		usleep(1000);
+	JUDGE(config, shared->stats.refused == refused + 1, "not refused: \"%s\"", error);
 	JUDGE(config, !strcmp(shared->stats.error, error), "\"%s\" instead of \"%s\"",
 	      shared->stats.error, error);
-	JUDGE(config, shared->stats.pages == pages, "a page has been installed");
+	JUDGE(config, shared->stats.received == received && shared->stats.pages == pages,
+	      "a page has been installed");
 }
 
+struct bad_message {
+	struct pc_msg msg;
+	char payload[SZ_4K];
+};
+
+/* After a good HELLO: the message, as changed by "how", and a bit of payload. */
+#define BAD(how, len, error)							\
+do {										\
+	struct bad_message bad = { good, { 1 } };				\
+	struct pc_msg *msg __maybe_unused = &bad.msg;				\
+										\
+	how;									\
+	send_bad(config, &layout, &bad, sizeof(bad.msg) + (len), error);	\
+} while (0)
+
+/* HELLO itself is the bad message. */
+#define BAD_HELLO(how, error)							\
+do {										\
+	struct {								\
+		struct pc_msg msg;						\
+		struct pc_layout layout;					\
+	} bad = {								\
+		{ PC_MAGIC, PC_VERSION, PC_HELLO, 0, sizeof(layout) }, layout,	\
+	};									\
+										\
+	how;									\
+	send_bad(config, NULL, &bad, sizeof(bad), error);			\
+} while (0)
+
+/* The destination waits for the state. */
+static void send_bad_beginnings(const struct config *config)
+{
+	struct pc_layout layout = shared->layout;
+	struct pc_msg good = { PC_MAGIC, PC_VERSION, PC_PAGE, 1, layout.slots[1].page_size };
+
+	BAD_HELLO(bad.layout.nr_slots--, "another guest");
+	BAD_HELLO(bad.layout.nr_slots = ~0u, "another guest");
+	BAD_HELLO(bad.layout.nr_vcpus++, "another guest");
+	BAD_HELLO(bad.layout.slots[1].gpa += SZ_64K, "another layout of memory");
+	BAD_HELLO(bad.layout.slots[1].size *= 2, "another layout of memory");
+	BAD_HELLO(bad.layout.slots[1].page_size /= 2, "another layout of memory");
+	BAD_HELLO(bad.msg.len = ~0u, "wrong length");
+
+	BAD((void)0, 0, "page before the state");
+	BAD(msg->type = PC_ZERO; msg->len = 0, 0, "page before the state");
+	BAD(msg->type = PC_DONE; msg->len = 0, 0, "DONE before the state");
+	BAD(msg->type = PC_VM; msg->len = ~0u, SZ_4K, "wrong length");
+	BAD(msg->type = PC_VM; msg->len = SZ_8K, SZ_4K,
+	    "the connection broke in the middle of the state");
+	BAD(msg->type = PC_VCPU; msg->slot = layout.nr_vcpus, 0, "no such vCPU");
+
+	JUDGE(config, !shared->stats.resumed_ns, "the guest runs");
+}
+
+/* The connection is broken, and the destination has a session. */
 static void send_bad_messages(const struct config *config)
 {
-	struct pc_layout none = {}, layout, other;
-	struct pc_msg good = { PC_MAGIC, PC_VERSION, PC_PAGE, 1 }, msg;
+	struct pc_layout none = {}, layout = shared->layout, other;
+	struct pc_msg good = { PC_MAGIC, PC_VERSION, PC_PAGE, 1, layout.slots[1].page_size };
 	int fd;
 
 	/* The destination tells its layout to those who know the session, only. */
 	fd = connect_to_destination();
 	none = say_hello(fd, &none);
-	close(fd);
+	hang_up(fd);
 	JUDGE(config, !none.session, "a stranger was told the session");
 
-	layout = shared->layout;
-	good.len = layout.slots[1].page_size;
 	fd = connect_to_destination();
 	other = say_hello(fd, &layout);
-	close(fd);
+	hang_up(fd);
 	JUDGE(config, other.session == layout.session, "no answer to a good HELLO");
 
-#define BAD(how, len, error)							\
-do {										\
-	msg = good;								\
-	how;									\
-	send_bad_message(config, &layout, &msg, len, error);			\
-} while (0)
+	BAD_HELLO(bad.layout.session++, "another session");
 
-	BAD(msg.magic ^= 1, 0, "wrong magic");
-	BAD(msg.version++, 0, "unknown version");
-	BAD(msg.type = PC_NR_TYPES, 0, "unknown type");
-	BAD(msg.slot = layout.nr_slots, 0, "no such slot");
-	BAD(msg.slot = ~0u, 0, "no such slot");
-	BAD(msg.offset = layout.slots[1].size, 0, "page outside the guest");
-	BAD(msg.offset = -(u64)good.len, 0, "page outside the guest");
-	BAD(msg.offset = good.len / 2, 0, "page is not aligned");
-	BAD(msg.len = ~0u, SZ_4K, "wrong length");
-	BAD(msg.len /= 2, SZ_4K, "wrong length");
-	BAD(msg.type = PC_ZERO, SZ_4K, "wrong length");
-	BAD(msg.type = PC_VCPU; msg.slot = layout.nr_vcpus, 0, "no such vCPU");
-	BAD(msg.type = PC_VM; msg.len = 0, 0, "the state once more");
-	BAD(msg.type = PC_RUN; msg.len = 0, 0, "the state once more");
-	BAD(msg.type = PC_BYE; msg.len = 0, 0, "a message that is for the source");
+	BAD(msg->magic ^= 1, 0, "wrong magic");
+	BAD(msg->version++, 0, "unknown version");
+	BAD(msg->type = PC_NR_TYPES, 0, "unknown type");
+	BAD(msg->slot = layout.nr_slots, 0, "no such slot");
+	BAD(msg->slot = ~0u, 0, "no such slot");
+	BAD(msg->offset = layout.slots[1].size, 0, "page outside the guest");
+	BAD(msg->offset = -(u64)good.len, 0, "page outside the guest");
+	BAD(msg->offset = good.len / 2, 0, "page is not aligned");
+	BAD(msg->len = ~0u, SZ_4K, "wrong length");
+	BAD(msg->len /= 2, SZ_4K, "wrong length");
+	BAD(msg->type = PC_ZERO, SZ_4K, "wrong length");
+	BAD(msg->type = PC_VCPU; msg->slot = layout.nr_vcpus, 0, "no such vCPU");
+	BAD(msg->type = PC_VM; msg->len = 0, 0, "the state once more");
+	BAD(msg->type = PC_RUN; msg->len = 0, 0, "the state once more");
+	BAD(msg->type = PC_BYE; msg->len = 0, 0, "a message that is for the source");
+	BAD(msg->type = PC_REQUEST; msg->len = 0, 0, "a message that is for the source");
+	BAD(msg->type = PC_HELLO; msg->len = sizeof(layout), 0, "HELLO once more");
 	BAD((void)0, SZ_2K, "the connection broke in the middle of a page");
+	BAD((void)0, -(int)sizeof(good) / 2, "the connection broke in a header");
 
-	msg = good;
-	send_bad_message(config, NULL, &msg, 0, "no HELLO");
+	send_bad(config, NULL, &good, sizeof(good), "no HELLO");
+}
 
-	msg = (struct pc_msg) { PC_MAGIC, PC_VERSION, PC_HELLO, 0, sizeof(layout) };
-	send_bad_message(config, &layout, &msg, 0, "HELLO once more");
+/* For loops that wait for the destination. */
+static bool destination_is_alive(void)
+{
+	siginfo_t info = {};
+
+	usleep(1000);
+	return !waitid(P_PID, destination, &info, WEXITED | WNOHANG | WNOWAIT) && !info.si_pid;
 }
 
 static void inspect_destination(void)
 {
-	siginfo_t info = {};
-
 	WRITE_ONCE(shared->inspect, shared->inspect + 1);
-	while (READ_ONCE(shared->inspected) != shared->inspect && !info.si_pid) {
-		usleep(1000);
-		waitid(P_PID, destination, &info, WEXITED | WNOHANG | WNOWAIT);
-	}
+	while (READ_ONCE(shared->inspected) != shared->inspect && destination_is_alive())
+		;
 }
 
 static void go_on(void)
@@ -1439,6 +1696,7 @@ static void broken_connection(const struct config *config)
 
 static void test_broken_connection(struct config config)
 {
+	config.beginning = send_bad_beginnings;
 	config.nr_breaks = 1;
 	config.scenario = broken_connection;
 	migrate_well(&config);
@@ -1455,8 +1713,14 @@ static void backstop(const struct config *config)
 	JUDGE(config, shared->get_regs_blocks, "vCPU 0 isn't in KVM_RUN");
 	JUDGE(config, shared->paused == config->nr_vcpus - 1, "%u paused vCPUs", shared->paused);
 
-	WRITE_ONCE(shared->hold, false);
+	/* All other pages arrive, which isn't the end. */
 	go_on();
+	while (READ_ONCE(shared->stats.pages) < shared->stats.total - 1 && destination_is_alive())
+		;
+	JUDGE(config, shared->stats.outstanding == 1 && !shared->stats.finished_ns,
+	      "%d faults outstanding, the end after %lu ns",
+	      shared->stats.outstanding, shared->stats.finished_ns);
+	WRITE_ONCE(shared->hold, false);
 }
 
 /* Steal time must be in a page of its own. */
@@ -1566,6 +1830,8 @@ static void help(const char *name)
 	       "  --migrate       only one migration, without trouble\n"
 	       "  --dirty-log     with dirty logging in each of them\n"
 	       "  --push-delay=US microseconds between pages that nobody has asked for (0)\n"
+	       "  --linger=MS     how much longer the guest runs before and after that (0)\n"
+	       "  --tcp           on loopback, instead of a Unix socket\n"
 	       "  --json=FILE     report in FILE, an object a line; - is stdout, where each\n"
 	       "                  line begins with \"json: \"\n"
 	       "  --interval=MS   of the report's samples of guest work (100)\n"
@@ -1592,6 +1858,10 @@ static void require(const struct config *config)
 	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed, errno = %d (%s)", errno, strerror(errno));
 	close(fd);
 
+	fd = listen_somewhere(config);
+	__TEST_REQUIRE(fd >= 0, "no TCP on loopback, errno = %d (%s)", errno, strerror(errno));
+	close(fd);
+
 	if (!is_hugetlb(config->src_type))
 		return;
 
@@ -1606,7 +1876,7 @@ int main(int argc, char *argv[])
 {
 	enum {
 		BY = 256, SLOTS, READERS, SEED, RUNS, MIGRATE, DIRTY_LOG, PUSH_DELAY,
-		JSON, INTERVAL
+		LINGER, TCP, JSON, INTERVAL
 	};
 	static const struct option options[] = {
 		{ "by", required_argument, NULL, BY },
@@ -1617,6 +1887,8 @@ int main(int argc, char *argv[])
 		{ "migrate", no_argument, NULL, MIGRATE },
 		{ "dirty-log", no_argument, NULL, DIRTY_LOG },
 		{ "push-delay", required_argument, NULL, PUSH_DELAY },
+		{ "linger", required_argument, NULL, LINGER },
+		{ "tcp", no_argument, NULL, TCP },
 		{ "json", required_argument, NULL, JSON },
 		{ "interval", required_argument, NULL, INTERVAL },
 		{}
@@ -1660,6 +1932,12 @@ int main(int argc, char *argv[])
 			break;
 		case PUSH_DELAY:
 			config.push_delay = atoi_non_negative("push-delay", optarg);
+			break;
+		case LINGER:
+			config.linger_ms = atoi_non_negative("linger", optarg);
+			break;
+		case TCP:
+			config.tcp = true;
 			break;
 		case JSON:
 			json = strcmp(optarg, "-") ? fopen(optarg, "w") : stdout;

@@ -126,7 +126,9 @@ struct pc_stats {
 	u64 refused;
 	u64 uffd_messages;
 	u64 exits;
+	/* Faults of those who sleep on a userfaultfd, or wait in user space. */
 	int outstanding;
+	int waiting;
 	struct pc_hist faults[PC_NR_KINDS];
 
 	/* What was wrong with the last connection. */
@@ -212,6 +214,8 @@ struct pc_vcpu {
 	u64 fault_ns;
 	/* Waits for a page, in user space. */
 	bool waiting;
+	struct pc_page *page;
+	pthread_cond_t cond;
 	bool parked;
 	bool done;
 };

@@ -68,6 +68,17 @@ static enum pc_kind fault_kind(u64 flags)
 	return flags & KVM_MEMORY_EXIT_FLAG_WRITE ? PC_WRITE : PC_READ;
 }
 
+/* With the lock held: wakes the vCPUs that wait for this page, and no other. */
+static void wake_vcpus(struct pc_dst *dst, struct pc_page *page)
+{
+	int i;
+
+	for (i = 0; page->waiters && i < dst->layout.nr_vcpus; i++) {
+		if (dst->vcpus[i].page == page)
+			pthread_cond_signal(&dst->vcpus[i].cond);
+	}
+}
+
 /* Called by vCPU threads with the lock held, for a fault that they have seen. */
 static void count_vcpu_fault(struct pc_vcpu *vcpu)
 {
@@ -99,13 +110,17 @@ static int fetch(struct memory *mem, __u64 offset, const void **cont)
 
 		if (self) {
 			self->waiting = true;
+			self->page = page;
 			page->waiters++;
+			dst->stats->waiting++;
 			pthread_cond_broadcast(&dst->cond);
 		}
-		pthread_cond_wait(&dst->cond, &dst->lock);
+		pthread_cond_wait(self ? &self->cond : &dst->cond, &dst->lock);
 		if (self) {
 			self->waiting = false;
+			self->page = NULL;
 			page->waiters--;
+			dst->stats->waiting--;
 		}
 	}
 
@@ -149,6 +164,7 @@ static void installed(struct memory *mem, __u64 offset)
 	stats->pages++;
 	if (stats->pages == stats->total)
 		stats->last_page_ns = pc_now();
+	wake_vcpus(dst, page);
 	pthread_cond_broadcast(&dst->cond);
 	pthread_mutex_unlock(&dst->lock);
 
@@ -252,6 +268,7 @@ static const char *receive_page(struct pc_dst *dst, const struct pc_msg *msg)
 		dst->stats->zeroes += new.zero;
 	}
 	by_vcpu = page->waiters && !page->sleeper;
+	wake_vcpus(dst, page);
 	pthread_cond_broadcast(&dst->cond);
 	pthread_mutex_unlock(&dst->lock);
 
@@ -488,7 +505,6 @@ static void start_region(struct pc_region *region)
 	region->pages = calloc(region->nr_pages, sizeof(*region->pages));
 	mem->filled = calloc(region->nr_pages, sizeof(*mem->filled));
 	TEST_ASSERT(region->pages && mem->filled, "No memory");
-	region->dst->stats->total += region->nr_pages;
 
 	/* The library has put the program there, and its page tables. */
 	r = madvise((void *)mem->region.userspace_addr, mem->region.memory_size, MADV_DONTNEED);
@@ -507,7 +523,7 @@ static void start_region(struct pc_region *region)
 /* Readers must be there first: even the restore of an MSR may touch memory. */
 void pc_dst_start(struct pc_dst *dst)
 {
-	u64 largest = 0;
+	u64 largest = 0, total = 0;
 	int i;
 
 	pthread_mutex_init(&dst->lock, NULL);
@@ -519,7 +535,9 @@ void pc_dst_start(struct pc_dst *dst)
 	for (i = 0; i < dst->layout.nr_slots; i++) {
 		largest = max(largest, dst->layout.slots[i].page_size);
 		start_region(&dst->regions[i]);
+		total += dst->regions[i].nr_pages;
 	}
+	dst->stats->total = total;
 	zeroes = kvm_mmap(largest, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 
 	kvm_pthread_create(&dst->receiver, NULL, receiver_fn, dst);
@@ -549,6 +567,7 @@ void pc_dst_run(struct pc_dst *dst)
 void pc_dst_wait_pages(struct pc_dst *dst)
 {
 	kvm_pthread_join(dst->receiver, NULL);
+	TEST_ASSERT_EQ(dst->stats->received, dst->stats->total);
 
 	pthread_mutex_lock(&dst->lock);
 	while (dst->stats->outstanding)
@@ -566,6 +585,12 @@ void pc_dst_finish(struct pc_dst *dst)
 		TEST_ASSERT(!r, "finish_paging() = %d (%s), slot %d", r, strerror(-r), i);
 	}
 	dst->stats->finished_ns = pc_now();
+
+	/* Who isn't registered any more can't sleep there. */
+	for (i = 0; i < dst->layout.nr_slots; i++) {
+		r = install_page(dst->regions[i].mem, 0, zeroes, false);
+		TEST_ASSERT(r == -ENOENT, "install_page() = %d (%s), slot %d", r, strerror(-r), i);
+	}
 
 	TEST_ASSERT_EQ(dst->stats->pages, dst->stats->total);
 	TEST_ASSERT_EQ(dst->stats->outstanding, 0);
@@ -645,6 +670,7 @@ void pc_run_vcpus(struct pc_dst *dst)
 	TEST_ASSERT(!sigaction(SIGUSR1, &action, NULL), "sigaction() failed");
 	for (i = 0; i < dst->layout.nr_vcpus; i++) {
 		dst->vcpus[i].dst = dst;
+		pthread_cond_init(&dst->vcpus[i].cond, NULL);
 		kvm_pthread_create(&dst->vcpus[i].thread, NULL, vcpu_fn, &dst->vcpus[i]);
 	}
 }
@@ -658,6 +684,7 @@ void pc_pause_vcpus(struct pc_dst *dst)
 	dst->pause = true;
 	pthread_cond_broadcast(&dst->cond);
 	for (i = 0; i < dst->layout.nr_vcpus; i++) {
+		pthread_cond_signal(&dst->vcpus[i].cond);
 		if (!dst->vcpus[i].done)
 			pthread_kill(dst->vcpus[i].thread, SIGUSR1);
 	}

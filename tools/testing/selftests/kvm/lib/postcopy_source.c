@@ -116,7 +116,7 @@ static int send_page(struct sender *s, u32 slot, u64 page)
 	int r;
 
 	if (t->break_how != PC_BREAK_NEVER &&
-	    (t->break_now ? READ_ONCE(*t->break_now) : s->nr_sent == t->break_at))
+	    (t->break_now ? READ_ONCE(*t->break_now) : s->nr_sent >= t->break_at))
 		return t->break_how == PC_BREAK_CLEAN ? -ECONNABORTED : send_half(s, slot, page);
 
 	if (__kvm_random_bool(&t->rng, t->delay))

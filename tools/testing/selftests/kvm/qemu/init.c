@@ -25,12 +25,14 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 
+#include <linux/if.h>
 #include <linux/kvm.h>
 
 #include "../../kselftest.h"
@@ -122,6 +124,17 @@ static void enable_swap(void)
 	close(fd);
 	free(page);
 	check(!swapon("/dev/zram0", 0), "swapon");
+}
+
+/* As on any machine; it's up to the tests to complain. */
+static void enable_loopback(void)
+{
+	struct ifreq req = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &req))
+		perror("lo");
+	close(fd);
 }
 
 /*
@@ -458,6 +471,7 @@ int main(void)
 
 	mount_filesystems();
 	enable_swap();
+	enable_loopback();
 	keep_vm();
 	find_leaks(false);
 	setenv("PATH", "/tests", 1);

@@ -7,10 +7,10 @@
  */
 #include <pthread.h>
 
-#include <linux/mempolicy.h>
 
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
+#include "numaif.h"
 #include "processor.h"
 #include "hyperv.h"
 #include "smm.h"
@@ -438,9 +438,6 @@ TEST_F(smm, address_spaces)
 /* In the race below, as often as the flag is seen to be set, and to be cleared. */
 #define SMM_RACE_MIN_ROUNDS	20
 
-/* For debug kernels that are emulated; otherwise the race takes a second. */
-#define SMM_RACE_TIMEOUT	300
-
 struct smm_race {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
@@ -552,7 +549,7 @@ static void race_address_spaces(struct smm_race *race, const u32 *slot_flags)
 	kvm_pthread_join(thread, NULL);
 }
 
-TEST_F_TIMEOUT(smm, toggle_in_0, SMM_RACE_TIMEOUT)
+TEST_F(smm, toggle_in_0)
 {
 	struct smm_race race = {
 		.vm = self->vm,
@@ -564,7 +561,7 @@ TEST_F_TIMEOUT(smm, toggle_in_0, SMM_RACE_TIMEOUT)
 	race_address_spaces(&race, variant->slot_flags);
 }
 
-TEST_F_TIMEOUT(smm, toggle_in_1, SMM_RACE_TIMEOUT)
+TEST_F(smm, toggle_in_1)
 {
 	struct smm_race race = {
 		.vm = self->vm,
@@ -703,11 +700,7 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_EXIT_ON_MISSING) == KVM_MEM_EXIT_ON_MISSING);
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_MEMORY_FAULT_EXIT));
 
-	/*
-	 * Any policy but the default one disables NUMA balancing, whose hinting
-	 * faults make pages look missing.  Without CONFIG_NUMA, there is none.
-	 */
-	syscall(__NR_set_mempolicy, MPOL_LOCAL, NULL, 0);
+	disable_numa_balancing();
 
 	return test_harness_run(argc, argv);
 }

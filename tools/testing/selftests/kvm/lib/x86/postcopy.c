@@ -13,6 +13,10 @@ struct vcpu_blob {
 	/* The MSRs that end kvm_x86_state, and then what "xsave" points to. */
 };
 
+/*
+ * Local APICs are part of the vCPUs' state.  Guests of the selftests have neither a
+ * use for the PIC, the I/O APIC and the PIT, nor other devices.
+ */
 void *pc_save_vm(struct kvm_vm *vm, size_t *size)
 {
 	struct kvm_clock_data *clock = calloc(1, sizeof(*clock));
