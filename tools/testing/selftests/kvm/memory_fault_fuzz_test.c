@@ -21,7 +21,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include <linux/bitmap.h>
@@ -1780,7 +1779,7 @@ static bool have_swap(void)
 {
 	struct sysinfo info;
 
-	return !sysinfo(&info) && info.totalswap;
+	return !syscall(__NR_sysinfo, &info) && info.totalswap;
 }
 
 static bool have_nodes(void)
