@@ -152,8 +152,8 @@ struct pc_trouble {
 	enum { PC_BREAK_NEVER, PC_BREAK_CLEAN, PC_BREAK_HALF, PC_BREAK_KILL } break_how;
 
 	/*
-	 * Spoil the n-th page from here on that isn't zero, or forget the n-th one
-	 * to be pushed.
+	 * Spoil the first n pages from here on that aren't zero, or forget the n-th
+	 * one to be pushed.
 	 */
 	u64 spoil_gpa;
 	u64 corrupt;

@@ -89,9 +89,9 @@ static int __send_page(struct sender *s, u32 slot, u64 page)
 
 	spoil = s->src->layout.slots[slot].gpa + page * size >= t->spoil_gpa;
 	s->nr_contents += spoil;
-	if (spoil && s->nr_contents == t->zero)
+	if (spoil && s->nr_contents <= t->zero)
 		return pc_send(s->fd, PC_ZERO, slot, page * size, NULL, 0);
-	if (spoil && s->nr_contents == t->corrupt) {
+	if (spoil && s->nr_contents <= t->corrupt) {
 		memcpy(spoiled, content, size);
 		spoiled[size / 2] ^= 1;
 		content = spoiled;
