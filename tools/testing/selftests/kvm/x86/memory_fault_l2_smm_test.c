@@ -7,7 +7,6 @@
  */
 #include <pthread.h>
 
-
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "numaif.h"
