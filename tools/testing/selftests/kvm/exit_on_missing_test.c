@@ -40,6 +40,9 @@
 #define TEST_GVA		TEST_GPA
 #define TEST_NR_PAGES		4
 
+#define OTHER_SLOT		11
+#define OTHER_GPA		0xd0000000ul
+
 /* No slot has this page, an access to it is MMIO. */
 #define MMIO_GPA		0xf0000000ul
 #define MMIO_GVA		MMIO_GPA
@@ -1525,6 +1528,115 @@ TEST_F(exit_on_missing, toggle)
 	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), TEST_NR_PAGES / 2);
 }
 
+struct other_slot {
+	struct env *env;
+	void *hva;
+	u64 nr;
+	bool stop;
+};
+
+static void *other_slot_fn(void *arg)
+{
+	struct other_slot *other = arg;
+	struct kvm_vm *vm = other->env->vm;
+	int i, r;
+
+	while (!READ_ONCE(other->stop)) {
+		for (i = 1; i >= 0; i--) {
+			r = __vm_set_user_memory_region(vm, OTHER_SLOT, 0, OTHER_GPA,
+							i * host_page_size(), other->hva);
+			TEST_ASSERT(!r, KVM_IOCTL_ERROR(KVM_SET_USER_MEMORY_REGION, r));
+		}
+		WRITE_ONCE(other->nr, other->nr + 1);
+	}
+
+	return NULL;
+}
+
+/* To remove a memslot may make KVM drop all it has mapped, at any time. */
+TEST_F(exit_on_missing, other_slot_comes_and_goes)
+{
+	struct env *env = &self->env;
+	struct other_slot other = { .env = env };
+	pthread_t thread;
+	int i;
+
+	TEST_ASSERT(!env_create(env, &anon_config), "Unexpected skip");
+	other.hva = kvm_mmap(host_page_size(), PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	kvm_pthread_create(&thread, NULL, other_slot_fn, &other);
+
+	for (i = 0; i < 50 || READ_ONCE(other.nr) < 50; i++) {
+		set_access(env, GUEST_READ, 0, 0);
+		expect_exits(env);
+		do_populate(env, uffd_copy, 0);
+		expect_done(env);
+		kvm_madvise(env->hva + page_offset(0), host_page_size(), MADV_DONTNEED);
+	}
+
+	WRITE_ONCE(other.stop, true);
+	kvm_pthread_join(thread, NULL);
+	kvm_munmap(other.hva, host_page_size());
+}
+
+static void *drop_page_fn(void *page)
+{
+	kvm_madvise(page, host_page_size(), MADV_DONTNEED);
+	return NULL;
+}
+
+/* As long as an event of userfaultfd is unread, pages can't be provided. */
+TEST_F(exit_on_missing, unread_event)
+{
+	const struct env_config config = { .backing = BACKING_ANON };
+	struct env *env = &self->env;
+	struct uffdio_api api = {
+		.api = UFFD_API,
+		.features = UFFD_FEATURE_EVENT_REMOVE,
+	};
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct pollfd pollfd = { .events = POLLIN };
+	struct uffd_msg msg;
+	pthread_t thread;
+	int i, r;
+
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+
+	pollfd.fd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	TEST_ASSERT(pollfd.fd >= 0, __KVM_SYSCALL_ERROR("userfaultfd()", pollfd.fd));
+	r = ioctl(pollfd.fd, UFFDIO_API, &api);
+	if (r && errno == EPERM)
+		SKIP(return, "no permission for events of userfaultfd");
+	TEST_ASSERT(!r, KVM_IOCTL_ERROR(UFFDIO_API, r));
+	reg.range = (struct uffdio_range) { (u64)env->hva, env->size };
+	r = ioctl(pollfd.fd, UFFDIO_REGISTER, &reg);
+	TEST_ASSERT(!r, KVM_IOCTL_ERROR(UFFDIO_REGISTER, r));
+
+	set_access(env, GUEST_READ, 0, 0);
+	expect_exits(env);
+
+	kvm_pthread_create(&thread, NULL, drop_page_fn, env->hva + page_offset(1));
+	TEST_ASSERT_EQ(poll(&pollfd, 1, -1), 1);
+
+	/* There is no handler, i.e. no stop_fd, and nobody to read the event. */
+	env->uffd = pollfd.fd;
+	for (i = 0; i < 2; i++) {
+		r = uffd_copy(env, page_offset(0), host_page_size());
+		TEST_ASSERT(r == EAGAIN, "UFFDIO_COPY: errno = %d (%s)", r, strerror(r));
+		TEST_ASSERT(!vcpu_try_access(env, env->vcpu), "No exit");
+	}
+
+	TEST_ASSERT_EQ(read(pollfd.fd, &msg, sizeof(msg)), sizeof(msg));
+	TEST_ASSERT_EQ(msg.event, UFFD_EVENT_REMOVE);
+	kvm_pthread_join(thread, NULL);
+
+	do_populate(env, uffd_copy, 0);
+	env->uffd = -1;
+	expect_done(env);
+	TEST_ASSERT_EQ(env->cmds[0].val, page_content(0));
+	close(pollfd.fd);
+}
+
 struct late_exit {
 	struct env *env;
 	u64 nr_exits;
@@ -1939,6 +2051,63 @@ TEST_F(exit_on_missing, no_async_pf)
 	TEST_ASSERT_EQ(env->cmds[0].val, page_content(1));
 	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), 1);
 	TEST_ASSERT(env->uffd_msg_tid != kvm_gettid(), "The vCPU has not set up an async #PF");
+}
+
+/*
+ * With two-dimensional paging, KVM_RUN maps a page that was provided after an
+ * exit before the guest faults on it again.
+ */
+TEST_F(exit_on_missing, completion)
+{
+	struct env *env = &self->env;
+	struct kvm_vcpu *vcpu;
+	u64 nr_faults;
+	int i;
+
+	if (!kvm_is_tdp_enabled())
+		SKIP(return, "no two-dimensional paging");
+	if (host_cpu_is_intel && !get_kvm_intel_param_bool("eptad"))
+		SKIP(return, "no Accessed bits");
+
+	TEST_ASSERT(!env_create(env, &anon_config), "Unexpected skip");
+	vcpu = env->vcpu;
+
+	/* Let the guest fault on the pages of its own. */
+	set_access(env, GUEST_WRITE, 0, 0);
+	expect_exits(env);
+	do_populate(env, uffd_copy, 0);
+	expect_done(env);
+	kvm_madvise(env->hva + page_offset(0), host_page_size(), MADV_DONTNEED);
+
+	for (i = 0; i < TEST_NR_PAGES; i++) {
+		set_access(env, i % 2 ? GUEST_WRITE : GUEST_READ, i, page_content(i));
+		expect_exits(env);
+		do_populate(env, uffd_copy, i);
+		nr_faults = vcpu_get_stat(vcpu, pf_taken);
+
+		expect_done(env);
+		TEST_ASSERT_EQ(vcpu_get_stat(vcpu, pf_taken), nr_faults);
+		kvm_madvise(env->hva + page_offset(i), host_page_size(), MADV_DONTNEED);
+	}
+
+	/* A page that is gone again exits again. */
+	set_access(env, GUEST_READ, 0, 0);
+	expect_exits(env);
+	do_populate(env, uffd_copy, 0);
+	vcpu->run->immediate_exit = 1;
+	TEST_ASSERT(__vcpu_run(vcpu) == -1 && errno == EINTR, "immediate_exit has no effect");
+	vcpu->run->immediate_exit = 0;
+	kvm_madvise(env->hva + page_offset(0), host_page_size(), MADV_DONTNEED);
+	expect_exits(env);
+
+	/* Without the flag, the guest faults, and once. */
+	nr_faults = vcpu_get_stat(vcpu, pf_taken);
+	WRITE_ONCE(env->expect_uffd_msgs, true);
+	set_slot_flag(env, false, false);
+	expect_done(env);
+	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), 1);
+	TEST_ASSERT(vcpu_get_stat(vcpu, pf_taken) > nr_faults,
+		    "The page was faulted in ahead of the guest");
 }
 
 /*

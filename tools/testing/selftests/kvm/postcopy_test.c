@@ -27,7 +27,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
-#include <linux/mempolicy.h>
 #include <linux/sizes.h>
 
 #ifdef __x86_64__
@@ -928,7 +927,7 @@ static void inspect(struct pc_dst *dst, const struct config *config)
 		kernel = 0;
 		for (i = 0; i < nr; i++) {
 			vcpu = &dst->vcpus[i];
-			if (READ_ONCE(vcpu->waiting))
+			if (READ_ONCE(vcpu->page))
 				user++;
 			else if (READ_ONCE(vcpu->tid) && sleeps_in(vcpu->tid) == __NR_ioctl)
 				kernel++;
@@ -941,12 +940,12 @@ static void inspect(struct pc_dst *dst, const struct config *config)
 
 	shared->have_regs = 0;
 	for (i = 0; i < nr; i++) {
-		if (READ_ONCE(dst->vcpus[i].waiting) && get_pc(dst->vcpus[i].vcpu))
+		if (READ_ONCE(dst->vcpus[i].page) && get_pc(dst->vcpus[i].vcpu))
 			shared->have_regs++;
 	}
 
 	/* Whoever wants to look at a vCPU that sleeps in KVM_RUN sleeps as well. */
-	if (!READ_ONCE(dst->vcpus[0].waiting)) {
+	if (!READ_ONCE(dst->vcpus[0].page)) {
 		kvm_pthread_create(&thread, NULL, get_regs_fn, &get);
 		while (!READ_ONCE(get.tid) || sleeps_in(get.tid) != __NR_ioctl)
 			usleep(1000);
@@ -1800,6 +1799,90 @@ static void test_lost_page(struct config config)
 	JUDGE(&config, shared->stats.lost == 1, "%lu pages were lost", shared->stats.lost);
 }
 
+#define PUSH_PAGES	64
+
+/* What the source is to send if nobody asks for anything after @page. */
+static int next_push(const bool *sent, int page)
+{
+	do {
+		page = (page + 1) % PUSH_PAGES;
+	} while (sent[page]);
+
+	return page;
+}
+
+/*
+ * Requested pages come first, and what is pushed are the pages that follow, as
+ * whoever has asked for a page is likely to need the next one.
+ */
+static void test_push_order(struct config config)
+{
+	size_t size = getpagesize();
+	struct pc_source src = {
+		.layout = {
+			.session = 1,
+			.nr_slots = 1,
+			.slots[0] = { .size = PUSH_PAGES * size, .page_size = size },
+		},
+	};
+	const int requests[] = { PUSH_PAGES / 2, PUSH_PAGES / 4 };
+	bool sent[PUSH_PAGES] = {};
+	u8 *memory, *page = malloc(size), have[PUSH_PAGES / 8] = {};
+	int fds[2], nr, page_nr, expected = 0, i, status;
+	struct pc_layout layout;
+	struct pc_msg msg;
+	pid_t pid;
+
+	memory = kvm_mmap(PUSH_PAGES * size, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	for (i = 0; i < PUSH_PAGES; i++)
+		memory[i * size] = i + 1;
+	src.hva[0] = memory;
+	src.trouble.rng = new_kvm_random_state(config.seed);
+	src.trouble.no_push = &shared->no_push;
+	WRITE_ONCE(shared->no_push, true);
+	TEST_ASSERT(page && !socketpair(AF_UNIX, SOCK_STREAM, 0, fds), "socketpair() failed");
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork() failed, errno = %d", errno);
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		close(fds[0]);
+		_exit(pc_send_guest(&src, fds[1]) ? 1 : 0);
+	}
+	close(fds[1]);
+
+	layout = say_hello(fds[0], &src.layout);
+	JUDGE(&config, layout.session == src.layout.session, "no HELLO of the source");
+	pc_send(fds[0], PC_HAVE, 0, 0, have, sizeof(have));
+
+	for (i = 0; i < ARRAY_SIZE(requests); i++)
+		pc_send(fds[0], PC_REQUEST, 0, requests[i] * size, NULL, 0);
+
+	for (nr = 0; nr < PUSH_PAGES; nr++) {
+		if (nr == ARRAY_SIZE(requests))
+			WRITE_ONCE(shared->no_push, false);
+		expected = nr < ARRAY_SIZE(requests) ? requests[nr] : next_push(sent, expected);
+
+		if (pc_recv(fds[0], &msg, sizeof(msg)) || msg.type != PC_PAGE ||
+		    pc_recv(fds[0], page, size))
+			fail(&config, "no page after %d pages", nr);
+		page_nr = msg.offset / size;
+		JUDGE(&config, page_nr == expected && *page == expected + 1,
+		      "page %d with the content of page %d, expected %d",
+		      page_nr, *page - 1, expected);
+		sent[page_nr] = true;
+	}
+
+	JUDGE(&config, !pc_recv(fds[0], &msg, sizeof(msg)) && msg.type == PC_DONE, "no DONE");
+	pc_send(fds[0], PC_BYE, 0, 0, NULL, 0);
+	JUDGE(&config, waitpid(pid, &status, 0) == pid && !status,
+	      "the source has ended with status 0x%x", status);
+	close(fds[0]);
+	kvm_munmap(memory, PUSH_PAGES * size);
+	free(page);
+}
+
 /* Pages arrive late, twice, in any order and not at all, and the source is killed. */
 static void test_trouble(struct config config)
 {
@@ -1828,6 +1911,7 @@ static const struct test {
 	{ "killed destination", test_kill },
 	{ "damaged pages are noticed", test_damage },
 	{ "lost page", test_lost_page },
+	{ "order of pushes", test_push_order },
 	{ "trouble of all kinds", test_trouble },
 };
 

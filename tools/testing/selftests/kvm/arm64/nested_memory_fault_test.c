@@ -680,16 +680,43 @@ static void expect_vttbr(struct env *env, u64 vttbr)
 		    env->l2->val, vttbr, env->l2->esr);
 }
 
-/* L2 is a hypervisor, too.  Its registers are in a page that KVM can't get. */
+static bool has_nv2(struct env *env)
+{
+	return SYS_FIELD_GET(ID_AA64MMFR4_EL1, NV_frac,
+			     vcpu_get_reg(env->vcpu, KVM_ARM64_SYS_REG(SYS_ID_AA64MMFR4_EL1)));
+}
+
+/*
+ * L2 is a hypervisor, too.  KVM itself accesses the page with its registers, i.e.
+ * faults it in even if the memslot asks for exits.
+ */
+TEST_F_TIMEOUT(nested_memory_fault, vncr_missing, SLOW_TEST_TIMEOUT)
+{
+	struct env *env = &self->env;
+	void *mem;
+
+	if (!has_nv2(env))
+		SKIP(return, "L1 has no FEAT_NV2");
+
+	vm_userspace_mem_region_add(env->vm, VM_MEM_SRC_SHMEM, VNCR_GPA, VNCR_SLOT,
+				    vm_calc_num_guest_pages(env->vm->mode, host_page_size()),
+				    KVM_MEM_EXIT_ON_MISSING);
+	virt_map(env->vm, VNCR_GVA, VNCR_GPA, host_page_size() / env->vm->page_size);
+	mem = addr_gpa2hva(env->vm, VNCR_GPA);
+	WRITE_ONCE(*(u64 *)(mem + VNCR_VTTBR_OFFSET), 0x3000);
+	kvm_madvise(mem, host_page_size(), MADV_DONTNEED);
+
+	set_op(env, L2_READ_VTTBR);
+	expect_vttbr(env, 0x3000);
+}
+
+/* The page is one that KVM can't get. */
 TEST_F_TIMEOUT(nested_memory_fault, vncr_guest_memfd, SLOW_TEST_TIMEOUT)
 {
 	struct env *env = &self->env;
-	u64 nv2 = SYS_FIELD_GET(ID_AA64MMFR4_EL1, NV_frac,
-				    vcpu_get_reg(env->vcpu,
-						 KVM_ARM64_SYS_REG(SYS_ID_AA64MMFR4_EL1)));
 	int fd;
 
-	if (!nv2)
+	if (!has_nv2(env))
 		SKIP(return, "L1 has no FEAT_NV2");
 
 	if (!(vm_check_cap(env->vm, KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_INIT_SHARED))

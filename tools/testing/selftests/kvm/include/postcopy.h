@@ -197,6 +197,7 @@ enum pc_page_state {
 struct pc_page {
 	u8 state;
 	bool requested;
+	bool lost;
 	bool zero;
 	/* Somebody sleeps on it in the kernel. */
 	bool sleeper;
@@ -212,8 +213,7 @@ struct pc_vcpu {
 	pthread_t thread;
 	pid_t tid;
 	u64 fault_ns;
-	/* Waits for a page, in user space. */
-	bool waiting;
+	/* The page that it waits for, in user space. */
 	struct pc_page *page;
 	pthread_cond_t cond;
 	bool parked;

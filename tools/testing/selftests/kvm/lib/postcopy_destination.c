@@ -109,7 +109,6 @@ static int fetch(struct memory *mem, __u64 offset, const void **cont)
 		}
 
 		if (self) {
-			self->waiting = true;
 			self->page = page;
 			page->waiters++;
 			dst->stats->waiting++;
@@ -117,7 +116,6 @@ static int fetch(struct memory *mem, __u64 offset, const void **cont)
 		}
 		pthread_cond_wait(self ? &self->cond : &dst->cond, &dst->lock);
 		if (self) {
-			self->waiting = false;
 			self->page = NULL;
 			page->waiters--;
 			dst->stats->waiting--;
@@ -369,7 +367,9 @@ static bool all_received(struct pc_dst *dst)
 		for (page = 0; page < region->nr_pages; page++) {
 			if (region->pages[page].state != PC_MISSING)
 				continue;
-			dst->stats->lost++;
+			/* The source may say more than once that it's done. */
+			dst->stats->lost += !region->pages[page].lost;
+			region->pages[page].lost = true;
 			region->pages[page].requested = false;
 			request(region, page);
 		}
@@ -453,6 +453,7 @@ static void *receiver_fn(void *arg)
 	struct pc_dst *dst = arg;
 	struct pc_stats *stats = dst->stats;
 	const char *error;
+	char rest[SZ_4K];
 	int fd;
 
 	while (!dst->complete) {
@@ -463,6 +464,10 @@ static void *receiver_fn(void *arg)
 		stats->connections++;
 		error = receive(dst);
 		set_fd(dst, -1);
+
+		/* The source may be about to answer a request that crossed with a push. */
+		while (dst->complete && recv(fd, rest, sizeof(rest), 0) > 0)
+			;
 
 		if (error) {
 			stats->refused++;

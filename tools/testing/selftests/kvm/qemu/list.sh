@@ -1,10 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# list.sh ARCH KARCH LIMIT FACTOR ARGS [NAME]...: look the names up in the table and
-# print one line "name seconds binary [argument]..." for each run that they stand for.
-# Seconds are LIMIT if not empty, else 60 and FACTOR times those of the table. ARGS
-# are added to the arguments of each.
+# list.sh ARCH KARCH LIMIT FACTOR ARGS [NAME]...: look the names up in the table, which
+# is "tests" or the file that $TABLE names, and print one line "name seconds binary
+# [argument]..." for each run that they stand for. Seconds are LIMIT if not empty, else
+# 60 and FACTOR times those of the table. ARGS are added to the arguments of each.
 set -euo pipefail
 
 arch=$1 karch=$2 limit=$3 factor=$4 args=${5:+ $5}
@@ -31,7 +31,7 @@ for name; do
 			}
 			known = 1
 		}
-		END { exit !known }' tests) || {
+		END { exit !known }' "${TABLE:-tests}") || {
 		base=${name#"$karch"/}
 		has_source "$base" || {
 			echo "no test '$name': no row or group of $PWD/tests, no selftest" >&2

@@ -20,7 +20,7 @@ splat+='|new suspected memory leaks'
 # Functions of memory-fault exits.
 ours='memory_fault|exit_on_missing|kvm_handle_error_pfn|kvm_mmu_faultin_pfn|kvm_s2_fault'
 ours+='|user_mem_abort|commit_memory_region|slot_apply_flags|check_memory_region_flags'
-ours+='|ioctl_enable_cap_generic'
+ours+='|ioctl_enable_cap_generic|kvm_hva_is_missing|hva_is_unmapped|complete_missing_page'
 
 # The first complaint on the console, but for data races that KCSAN found in other
 # functions, and for how it came that memory is short, which tests do on purpose.
