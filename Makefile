@@ -26,6 +26,8 @@ help:
 	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1,'
 	@echo '                the inventory of -EFAULT, the documentation'
 	@echo '  make builds   build KVM and its selftests at each commit, in many configurations'
+	@echo '  make bench    instructions per page by each way, vCPUs and memory; AGAINST=file.json'
+	@echo '                compares with an earlier result; make bench-check: with the bounds'
 	@echo '  make fuzz     random calls against a model, SECONDS=n SEED=s, on a DEBUG kernel'
 	@echo '  make regress  all KVM selftests of the base, on the unpatched and on the patched kernel'
 	@echo '  make mutants  break KVM line by line, and see that a test notices'
@@ -44,7 +46,13 @@ help:
 tree export mbox lint builds docs demo test regress mutants bisect clean:
 	@scripts/$@
 
+bench:
+	@scripts/$@ $(if $(AGAINST),--against '$(AGAINST)') $(ARCH)
+
+bench-check:
+	@scripts/bench --quick --check $(ARCH)
+
 fuzz:
 	@scripts/$@ '$(SECONDS)' '$(SEED)'
 
-.PHONY: help tree export mbox lint builds docs demo test fuzz regress mutants bisect clean
+.PHONY: help tree export mbox lint builds docs demo test bench bench-check fuzz regress mutants bisect clean
