@@ -26,6 +26,7 @@
 #include <linux/bits.h>
 #include <linux/log2.h>
 #include <linux/sizes.h>
+#include <linux/udmabuf.h>
 #include <linux/userfaultfd.h>
 
 #include "kvm_test_harness.h"
@@ -1339,6 +1340,52 @@ TEST_F(exit_on_missing, pfnmap)
 	}
 }
 
+/*
+ * A mapping of PFNs that the first access to it sets up: fast GUP finds nothing,
+ * and no ioctl of userfaultfd could provide it.
+ */
+TEST_F(exit_on_missing, pfnmap_on_demand)
+{
+	struct udmabuf_create create = { .size = TEST_NR_PAGES * host_page_size() };
+	struct env_config config = {
+		.backing = BACKING_EXTERNAL,
+		.size = create.size,
+	};
+	struct env *env = &self->env;
+	int fd, buf, r;
+	void *mem;
+
+	fd = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		SKIP(return, "no /dev/udmabuf");
+
+	create.memfd = memfd_create("udmabuf", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	TEST_ASSERT(create.memfd >= 0, __KVM_SYSCALL_ERROR("memfd_create()", create.memfd));
+	r = ftruncate(create.memfd, create.size);
+	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("ftruncate()", r));
+	r = fcntl(create.memfd, F_ADD_SEALS, F_SEAL_SHRINK);
+	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("fcntl()", r));
+	mem = kvm_mmap(create.size, PROT_READ | PROT_WRITE, MAP_SHARED, create.memfd);
+	*host_word(mem, 0) = page_content(0);
+
+	buf = ioctl(fd, UDMABUF_CREATE, &create);
+	TEST_ASSERT(buf >= 0, __KVM_IOCTL_ERROR("UDMABUF_CREATE", buf));
+	config.hva = kvm_mmap(create.size, PROT_READ | PROT_WRITE, MAP_SHARED, buf);
+	close(fd);
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+
+	guest_read(env, 0, page_content(0));
+
+	/* To map the buffer anew makes all of its pages untouched. */
+	mmap(config.hva, create.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, buf, 0);
+	guest_write(env, 0, ~page_content(0));
+	TEST_ASSERT_EQ(READ_ONCE(*host_word(mem, 0)), ~page_content(0));
+
+	close(buf);
+	close(create.memfd);
+	kvm_munmap(mem, create.size);
+}
+
 static void *find_vvar(void)
 {
 	unsigned long start = 0;
@@ -2060,8 +2107,8 @@ TEST_F(exit_on_missing, no_async_pf)
 TEST_F(exit_on_missing, completion)
 {
 	struct env *env = &self->env;
+	u64 nr_faults, nr_fixed;
 	struct kvm_vcpu *vcpu;
-	u64 nr_faults;
 	int i;
 
 	if (!kvm_is_tdp_enabled())
@@ -2090,13 +2137,15 @@ TEST_F(exit_on_missing, completion)
 		kvm_madvise(env->hva + page_offset(i), host_page_size(), MADV_DONTNEED);
 	}
 
-	/* A page that is gone again exits again. */
+	/* A page that is gone again exits again, and immediate_exit maps nothing. */
 	set_access(env, GUEST_READ, 0, 0);
 	expect_exits(env);
 	do_populate(env, uffd_copy, 0);
+	nr_fixed = vcpu_get_stat(vcpu, pf_fixed);
 	vcpu->run->immediate_exit = 1;
 	TEST_ASSERT(__vcpu_run(vcpu) == -1 && errno == EINTR, "immediate_exit has no effect");
 	vcpu->run->immediate_exit = 0;
+	TEST_ASSERT_EQ(vcpu_get_stat(vcpu, pf_fixed), nr_fixed);
 	kvm_madvise(env->hva + page_offset(0), host_page_size(), MADV_DONTNEED);
 	expect_exits(env);
 
