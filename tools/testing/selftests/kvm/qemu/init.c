@@ -38,7 +38,7 @@
 #include "../../kselftest.h"
 
 #define END_MARKER	"# kvm-qemu: end"
-#define MAX_TESTS	256
+#define MAX_TESTS	1024
 #define MAX_ARGS	64
 #define KILL_SECONDS	60	/* for a killed test to be gone */
 #define MAX_RETRIES	2
@@ -385,6 +385,21 @@ static bool guest_is_lost(void)
 	return lost;
 }
 
+/* With CONFIG_LOCK_STAT: what was locked, and how often, since the test began. */
+static void report_lock_stat(const char *name)
+{
+	FILE *f = fopen("/proc/lock_stat", "re");
+	char line[512];
+
+	/* Where it was locked comes without a colon. */
+	while (f && fgets(line, sizeof(line), f)) {
+		if (strchr(line, ':'))
+			report("# lock_stat %s: %.*s", name, (int)strcspn(line, "\n"), line);
+	}
+	if (f)
+		fclose(f);
+}
+
 /* Returns false, without a result, if the test is to be run once more. */
 static bool run_test(struct test *t, int nr, bool may_retry)
 {
@@ -402,6 +417,8 @@ static bool run_test(struct test *t, int nr, bool may_retry)
 	write_file("/dev/kmsg", msg);
 
 	truncate("/sys/kernel/tracing/trace", 0);
+	if (!access("/proc/lock_stat", F_OK))
+		write_file("/proc/lock_stat", "0");
 	pid = start_test(t, &fd);
 	fds[0] = (struct pollfd){ .fd = syscall(SYS_pidfd_open, pid, 0), .events = POLLIN };
 	fds[1] = (struct pollfd){ .fd = fd, .events = POLLIN };
@@ -440,6 +457,7 @@ static bool run_test(struct test *t, int nr, bool may_retry)
 	close(fds[0].fd);
 	close(fd);
 
+	report_lock_stat(t->name);
 	timeradd(&ru.ru_utime, &ru.ru_stime, &ru.ru_utime);
 	report("# %s: cpu_us=%lld wall_s=%.1f", t->name,
 	       ru.ru_utime.tv_sec * 1000000LL + ru.ru_utime.tv_usec, now() - start);
