@@ -26,7 +26,8 @@ help:
 	@echo '  make lint     check the series: round trip, git am, checkpatch, sparse, W=1,'
 	@echo '                the inventory of -EFAULT, the documentation'
 	@echo '  make builds   build KVM and its selftests at each commit, in many configurations'
-	@echo '  make bench    instructions per page by each way, vCPUs and memory; AGAINST=file.json'
+	@echo '  make bench    instructions per page by each way, vCPUs and memory, where they go, locks,'
+	@echo '                a model of many vCPUs (PARTS="pages locks ..."); AGAINST=file.json'
 	@echo '                compares with an earlier result; make bench-check: with the bounds'
 	@echo '  make fuzz     random calls against a model, SECONDS=n SEED=s, on a DEBUG kernel'
 	@echo '  make regress  all KVM selftests of the base, on the unpatched and on the patched kernel'
@@ -47,7 +48,7 @@ tree export mbox lint builds docs demo test regress mutants bisect clean:
 	@scripts/$@
 
 bench:
-	@scripts/$@ $(if $(AGAINST),--against '$(AGAINST)') $(ARCH)
+	@scripts/$@ $(if $(AGAINST),--against '$(AGAINST)') $(ARCH) $(PARTS)
 
 bench-check:
 	@scripts/bench --quick --check $(ARCH)

@@ -1036,6 +1036,57 @@ TEST_F(exit_on_missing, huge_zero_page)
 	guest_read(env, middle + 1, page_content(0));
 }
 
+struct collapse {
+	struct env *env;
+	bool done;
+	int r;
+};
+
+static void *collapse_fn(void *arg)
+{
+	struct collapse *collapse = arg;
+
+	collapse->r = madvise(collapse->env->hva, collapse->env->size, MADV_COLLAPSE);
+	WRITE_ONCE(collapse->done, true);
+	return NULL;
+}
+
+/*
+ * To replace small pages by a huge one unmaps all of them for as long as it takes
+ * to copy them.  They are not missing meanwhile, no page was ever dropped.
+ */
+TEST_F(exit_on_missing, collapse)
+{
+	const struct env_config config = { .backing = BACKING_THP };
+	struct env *env = &self->env;
+	const char *reason = env_create(env, &config);
+	struct collapse collapse = { .env = env };
+	int nr_pages, nr_collapsed = 0, i, page;
+	pthread_t thread;
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	nr_pages = env->size / host_page_size();
+	for (i = 0; i < 20; i++) {
+		kvm_madvise(env->hva, env->size, MADV_DONTNEED);
+		kvm_madvise(env->hva, env->size, MADV_NOHUGEPAGE);
+		for (page = 0; page < nr_pages; page++)
+			WRITE_ONCE(*host_word(env->hva, page), page_content(page));
+		kvm_madvise(env->hva, env->size, MADV_HUGEPAGE);
+
+		collapse.done = false;
+		kvm_pthread_create(&thread, NULL, collapse_fn, &collapse);
+		for (page = 0; !READ_ONCE(collapse.done); page = (page + 1) % nr_pages)
+			guest_read(env, page, page_content(page));
+		kvm_pthread_join(thread, NULL);
+		nr_collapsed += !collapse.r;
+	}
+
+	if (!nr_collapsed)
+		SKIP(return, "no MADV_COLLAPSE, or no huge page for it");
+}
+
 /* Expect the given pages, in ascending order, and no other page to be dirty. */
 static void expect_dirty(struct env *env, const int *pages, int nr)
 {
