@@ -7,7 +7,7 @@ export ARCH TESTS LINUX V DEBUG
 
 # Two architectures unless one was asked for.
 ifeq ($(origin ARCH),file)
-test fuzz regress mutants: ARCH := x86 arm64
+test fuzz regress mutants client-qemu: ARCH := x86 arm64
 endif
 
 SHELL := /bin/bash
@@ -34,6 +34,9 @@ help:
 	@echo '  make mutants  break KVM line by line, and see that a test notices'
 	@echo '  make bisect   build, boot and test each commit'
 	@echo '  make docs     out/docs: the documentation as HTML'
+	@echo '  make client-qemu  build QEMU with the patches of clients/qemu, for both or ARCH'
+	@echo '  make client-test  migrate a guest by it in the patched kernel, N times in a row by'
+	@echo '                each way and memory; KERNEL=base for the unpatched one'
 	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
 	@echo
 	@echo '  ARCH=x86|arm64    one architecture (demo: x86; tests: both); arm64-16k: 16K pages'
@@ -44,8 +47,11 @@ help:
 	@echo
 	@echo 'The kernel side is in virt/ and arch/, the tests in tools/, the order in series.'
 
-tree export mbox lint builds docs demo test regress mutants bisect clean:
+tree export mbox lint builds docs demo test regress mutants bisect clean client-test:
 	@scripts/$@
+
+client-qemu:
+	@scripts/$@ $(ARCH)
 
 bench:
 	@scripts/$@ $(if $(AGAINST),--against '$(AGAINST)') $(ARCH) $(PARTS)
@@ -56,4 +62,5 @@ bench-check:
 fuzz:
 	@scripts/$@ '$(SECONDS)' '$(SEED)'
 
+.PHONY: client-qemu client-test
 .PHONY: help tree export mbox lint builds docs demo test bench bench-check fuzz regress mutants bisect clean

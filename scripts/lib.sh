@@ -66,13 +66,16 @@ need()
 	unlock packages
 }
 
-# own_apt DIR SUITE ELSE: sets the array apt to options that make apt-get use
-# SUITE of the machine's mirror, with lists and cache in DIR, so that the
-# machine's own configuration is neither used nor changed. ELSE is the advice
-# for those who can't.
+# own_apt DIR SUITE ELSE [OPTION]...: sets the array apt to options that make
+# apt-get use SUITE of the machine's mirror, with lists and cache in DIR, so that
+# the machine's own configuration is neither used nor changed. ELSE is the advice
+# for those who can't. The variable types can be "deb deb-src"; OPTION is more for
+# apt-get.
 own_apt()
 {
-	local dir=$1 suite=$2 else=$3 mirror
+	local dir=$1 suite=$2 else=$3 mirror type
+
+	shift 3
 
 	command -v apt-get >/dev/null || die "no apt-get here: $else"
 	# shellcheck disable=SC2016 # apt's own variables
@@ -81,12 +84,13 @@ own_apt()
 	[[ -n $mirror ]] || die "apt knows no mirror: run apt-get update, $else"
 
 	mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
-	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" \
-		>"$dir/sources.list"
+	for type in ${types:-deb}; do
+		echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+	done >"$dir/sources.list"
 	apt=(-o "Dir::Etc::sourcelist=$dir/sources.list"
 		-o Dir::Etc::sourceparts=/dev/null
 		-o "Dir::State::lists=$dir/lists" -o "Dir::Cache=$dir/cache"
-		-o APT::Sandbox::User=root -o Acquire::Retries=3)
+		-o APT::Sandbox::User=root -o Acquire::Retries=3 "$@")
 	apt-get "${apt[@]}" -o APT::Update::Error-Mode=any update >"$dir/apt.log" 2>&1 ||
 		die "apt-get update failed (no network?); see $dir/apt.log, $else"
 }
