@@ -135,12 +135,16 @@ static void start_vm(struct vm *vm, int id, bool incoming)
 	snprintf(qmp, sizeof(qmp), "unix:/tmp/qmp.%d,server=on,wait=off", id);
 	snprintf(serial, sizeof(serial), "file:/tmp/serial.%d", id);
 	snprintf(log, sizeof(log), "/tmp/log.%d", id);
+	unlink(strchr(serial, ':') + 1);
 	snprintf(smp, sizeof(smp), "%d", vcpus);
 
-	if (strcmp(way, "plain")) {
-		argv[n++] = "/qemu/qemu";
-	} else {
+	if (!strcmp(way, "plain")) {
+		argv[n++] = "/debian/ld.so";
+		argv[n++] = "--library-path";
+		argv[n++] = "/debian/lib";
 		argv[n++] = "/debian/qemu";
+	} else {
+		argv[n++] = "/qemu/qemu";
 	}
 	argv[n++] = "-L";
 	argv[n++] = "/qemu/firmware";
