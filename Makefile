@@ -3,7 +3,7 @@
 # The front door: every target is a script of a few dozen lines in scripts/.
 
 ARCH ?= x86
-export ARCH TESTS LINUX V DEBUG
+export ARCH TESTS LINUX V DEBUG N ROWS KERNEL QEMU_SOURCE
 
 # Two architectures unless one was asked for.
 ifeq ($(origin ARCH),file)
@@ -43,6 +43,7 @@ help:
 	@echo '  TESTS="a b"       make test: only these tests, without lint'
 	@echo '  DEBUG=1|kcsan     make test: kernels with KASAN, lockdep and kmemleak; with KCSAN'
 	@echo '  LINUX=path        a 7.3.y kernel, tarball or directory, instead of the package'
+	@echo '  N=n ROWS=pattern  make client-test: migrations a row (2), and only these rows'
 	@echo '  V=1               show the commands of the kernel build'
 	@echo
 	@echo 'The kernel side is in virt/ and arch/, the tests in tools/, the order in series.'
