@@ -266,7 +266,15 @@ static char *__attribute__((format(printf, 2, 3))) command(struct vm *vm, const 
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
 	answer = try_command(vm, STEP_SECONDS, text);
-	CHECK(answer, "QEMU %d doesn't answer %s", vm->id, text);
+	if (!answer) {
+		int status, gone;
+
+		usleep(500000);
+		gone = waitpid(vm->pid, &status, WNOHANG) == vm->pid;
+		CHECK(!gone, "QEMU %d has ended, status %#x, before it answered %s",
+		      vm->id, status, text);
+		fail("QEMU %d doesn't answer %s", vm->id, text);
+	}
 	CHECK(strncmp(answer, "{\"error\"", 8), "QEMU %d: %s: %s", vm->id, text, answer);
 	return answer;
 }
