@@ -9,7 +9,7 @@ release=7.3
 build=$top/build/$release
 tree=$build/linux
 # What was said to the top-level Makefile is not meant for the kernel's.
-export -n ARCH TESTS TREE OUT
+export -n ARCH TESTS TREE OUT KERNEL ROWS N
 unset MAKEFLAGS MFLAGS
 # Committer of every imported commit, so that the same series gives the same
 # commit ids everywhere; authors come from the patches.
