@@ -1391,6 +1391,19 @@ TEST_F(exit_on_missing, pfnmap)
 	}
 }
 
+static bool can_map_cacheable_pfns(void)
+{
+#ifdef __aarch64__
+	struct kvm_vm *vm = vm_create_barebones();
+	bool can = vm_check_cap(vm, KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED);
+
+	kvm_vm_free(vm);
+	return can;
+#else
+	return true;
+#endif
+}
+
 /*
  * A mapping of PFNs that the first access to it sets up: fast GUP finds nothing,
  * and no ioctl of userfaultfd could provide it.
@@ -1405,6 +1418,9 @@ TEST_F(exit_on_missing, pfnmap_on_demand)
 	struct env *env = &self->env;
 	int fd, buf, r;
 	void *mem;
+
+	if (!can_map_cacheable_pfns())
+		SKIP(return, "KVM can't map cacheable PFNs");
 
 	fd = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
 	if (fd < 0)
