@@ -63,5 +63,5 @@ bench-check:
 fuzz:
 	@scripts/$@ '$(SECONDS)' '$(SEED)'
 
-.PHONY: client-qemu client-test
-.PHONY: help tree export mbox lint builds docs demo test bench bench-check fuzz regress mutants bisect clean
+.PHONY: help tree export mbox lint builds docs demo test bench bench-check fuzz regress mutants bisect \
+	client-qemu client-test clean

@@ -30,10 +30,35 @@ die()
 	exit 1
 }
 
-# base_field NAME: a value from bases/$release.
+# base_field NAME [FILE]: a value from bases/$release, or of another package's file.
 base_field()
 {
-	sed -n "s/^$1=//p" "$top/bases/$release"
+	sed -n "s/^$1=//p" "${2:-$top/bases/$release}"
+}
+
+# sum_is PATH [FILE]: whether PATH is what bases/$release, or FILE, has the SHA256 of.
+sum_is()
+{
+	[[ $(sha256sum <"$1" | cut -d' ' -f1) == $(base_field sha256 "${@:2}") ]]
+}
+
+# git_base DIR LINE...: makes the files in DIR a git tree whose only commit, which
+# LINE... describe, is refs/series/base. The same files give the same commit id.
+git_base()
+{
+	local dir=$1 line message=()
+
+	shift
+	for line; do
+		message+=(-m "$line")
+	done
+	git -C "$dir" -c init.defaultBranch=series init -q
+	git -C "$dir" config gc.auto 0
+	git -C "$dir" add -A -f
+	GIT_AUTHOR_NAME=series GIT_AUTHOR_EMAIL=series@localhost \
+	GIT_AUTHOR_DATE='2000-01-01T00:00:00Z' GIT_COMMITTER_DATE='2000-01-01T00:00:00Z' \
+		git -C "$dir" commit -q "${message[@]}"
+	git -C "$dir" update-ref refs/series/base HEAD
 }
 
 # need PACKAGE...: installs the Debian packages that are missing; not root,
@@ -160,10 +185,10 @@ unsaved()
 	fi
 }
 
-# series_patches: the patches of the series, in order, one a line.
+# series_patches DIR: the patches of the series in DIR, in order, one a line.
 series_patches()
 {
-	sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' "$top/series"
+	sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' "$1/series"
 }
 
 # worktree DIR COMMIT: makes DIR a second work tree of the kernel's git tree, at

@@ -16,7 +16,7 @@ def measure(arch, rounds):
                 "fault_2n": paging(arch, "missing_anon", "kernel", 4, 64),
                 "exit_n": f"exit_on_missing_perf_test -t 0 -e {EXITS}",
                 "exit_2n": f"exit_on_missing_perf_test -t 0 -e {2 * EXITS}"}
-    unpatched = subprocess.run([f"{TOP}/scripts/bench.d/unpatched", arch], check=True,
+    unpatched = subprocess.run([f"{TOP}/scripts/unpatched", arch], check=True,
                                stdout=subprocess.PIPE, text=True).stdout.strip()
     result = {}
     for which, variables in ("unpatched", [f"KERNEL={unpatched}"]), ("patched", []):

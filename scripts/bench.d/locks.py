@@ -11,14 +11,19 @@ PAGES = (MIB << 20) // 2 // 4096
 MODES = {"missing_anon": ("kernel", "uffd1", "uffd", "exits"), "minor_shmem": ("uffd1", "uffd", "exits")}
 # Who takes a lock of a class: "process", all vCPUs of a VM and whoever else is of its
 # process; "userfaultfd", who shares one; "page table", who maps memory of the same 2 MiB;
-# "own", nobody else. What is not listed is the machine's.
+# "own", nobody else; "set-up", before and after the pages are missed, as a run is counted
+# as a whole. "no lock" is what only lockdep takes for one, or what readers don't write to.
+# What is not listed is the machine's or a CPU's.
 SHARED = {
-    "mmap_lock": "process", "vm_lock": "process", "mmu_lock": "process", "srcu": "process",
-    "mn_invalidate_lock": "process", "mn_active_invalidate_count": "process", "gpc": "process",
+    "mmap_lock": "process", "vm_lock": "process", "mmu_lock": "process",
+    "xa_lock": "set-up", "i_lock_key": "set-up", "info->lock": "set-up",
     "ctx->fault_pending_wqh": "userfaultfd", "ctx->fault_wqh": "userfaultfd",
-    "ctx->fd_wqh": "userfaultfd", "ctx->refile_seq": "userfaultfd", "ctx->event_wqh": "userfaultfd",
-    "ctx->map_changing_lock": "userfaultfd", "ptlock": "page table", "vcpu->mutex": "own",
-    "i_pages": "process", "sighand": "process",
+    "ctx->fd_wqh": "userfaultfd", "ctx->map_changing_lock": "userfaultfd",
+    "ep->lock": "userfaultfd", "ep->mtx": "userfaultfd", "ep->wq": "userfaultfd",
+    "ptlock": "page table", "vcpu->mutex": "own",
+    "rcu_read_lock": "no lock", "kvm->srcu": "no lock", "rcu_callback": "no lock",
+    "fs_reclaim": "no lock", "mmu_notifier_invalidate_range_start": "no lock",
+    "sched_map": "no lock", "seqcount": "no lock",
 }
 
 

@@ -25,7 +25,7 @@ MEMORY = {
     "missing_shmem": ("MISSING", "shmem", 4 << 10),
     "missing_hugetlb": ("MISSING", "anonymous_hugetlb_2mb", 2 << 20),
     "minor_shmem": ("MINOR", "shmem", 4 << 10),
-    "minor_hugetlb": ("MINOR", "shared_hugetlb_2mb", 2 << 20),
+    "minor_hugetlb": ("MINOR", "shared_hugetlb", 2 << 20),
 }
 
 Sample = collections.namedtuple("Sample", "cpu exits messages pages rate lines")
@@ -83,13 +83,19 @@ def boot(arch, commands, rounds=1, variables=("ICOUNT=1",), out=None):
                       env=dict(os.environ, OUT=out), stdout=sys.stderr, check=False).returncode:
         sys.exit("error: the runs failed, see above")
 
-    samples, lines = {name: [] for name in commands}, []
-    with open(f"{out}/ktap.log", encoding="utf-8", errors="replace") as log:
+    return results(f"{out}/ktap.log", "|".join(commands))
+
+
+def results(path, names):
+    """For each name that matches, a list of samples, of the harness's log."""
+    samples, lines = {}, []
+    with open(path, encoding="utf-8", errors="replace") as log:
         for line in log:
             if line.startswith("# "):
                 lines.append(line[2:].rstrip())
             elif result := re.match(r"ok \d+ (\w+)", line):
-                samples[result[1]].append(sample(result[1], lines))
+                if re.fullmatch(names, result[1]):
+                    samples.setdefault(result[1], []).append(sample(result[1], lines))
                 lines = []
     return samples
 

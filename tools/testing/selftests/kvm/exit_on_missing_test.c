@@ -1391,6 +1391,14 @@ TEST_F(exit_on_missing, pfnmap)
 	}
 }
 
+/* Map something else where the memslot's memory is. */
+static void remap(struct env *env, int prot, int flags, int fd)
+{
+	void *mem = mmap(env->hva, env->size, prot, MAP_FIXED | flags, fd, 0);
+
+	TEST_ASSERT(mem == env->hva, __KVM_SYSCALL_ERROR("mmap()", (int)(u64)mem));
+}
+
 static bool can_map_cacheable_pfns(void)
 {
 #ifdef __aarch64__
@@ -1444,7 +1452,7 @@ TEST_F(exit_on_missing, pfnmap_on_demand)
 	guest_read(env, 0, page_content(0));
 
 	/* To map the buffer anew makes all of its pages untouched. */
-	mmap(config.hva, create.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, buf, 0);
+	remap(env, PROT_READ | PROT_WRITE, MAP_SHARED, buf);
 	guest_write(env, 0, ~page_content(0));
 	TEST_ASSERT_EQ(READ_ONCE(*host_word(mem, 0)), ~page_content(0));
 
@@ -2585,13 +2593,6 @@ TEST_F(mte, tags)
 	guest_read(env, 3, page_content(3));
 }
 
-static void remap(struct env *env, int prot, int flags, int fd)
-{
-	void *mem = mmap(env->hva, env->size, prot, MAP_PRIVATE | MAP_FIXED | flags, fd, 0);
-
-	TEST_ASSERT(mem == env->hva, __KVM_SYSCALL_ERROR("mmap()", (int)(u64)mem));
-}
-
 /*
  * KVM doesn't map memory that can't have tags, be it present or not.  It does
  * not let such memory into a memslot either, thus put it there afterwards.
@@ -2606,22 +2607,22 @@ TEST_F(mte, no_tags_allowed)
 	TEST_ASSERT(fd >= 0, "Can't open /dev/zero, errno = %d", errno);
 
 	for (op = GUEST_READ; op <= GUEST_EXEC; op++) {
-		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		remap(env, variant->prot, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 		set_slot_flag(env, false, false);
-		remap(env, PROT_READ | PROT_WRITE, 0, fd);
+		remap(env, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd);
 		set_access(env, op, op, page_content(op));
 		r = _vcpu_run(vcpu);
 		TEST_ASSERT(r == -1 && errno == EFAULT, "KVM_RUN = %d, errno = %d", r, errno);
 		TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_UNKNOWN);
 
-		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		remap(env, variant->prot, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 		set_slot_flag(env, true, false);
-		remap(env, PROT_READ | PROT_WRITE, 0, fd);
+		remap(env, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd);
 		expect_exits(env);
 		do_populate(env, populate_write, op);
 		expect_exits(env);
 
-		remap(env, variant->prot, MAP_ANONYMOUS, -1);
+		remap(env, variant->prot, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 		expect_exits(env);
 		WRITE_ONCE(*host_word(env->hva, op), page_content(op));
 		expect_done(env);

@@ -35,6 +35,22 @@ complaint() {
 		END { print report }' "$console" | grep -aEm1 "$splat"
 }
 
+# The results so far; not by awk, as some wait for a block of input.
+progress() {
+	local line seconds=
+
+	while IFS= read -r line; do
+		case $line in
+		"# "*": cpu_us="*" wall_s="*)
+			seconds=${line##*wall_s=} ;;
+		"ok "* | "not ok "* | "Bail out!"* | "# kvm-qemu: retry"*)
+			echo "$line ($seconds s)"
+			continue ;;
+		esac
+		[ -z "${V:-}" ] || echo "$line"
+	done
+}
+
 : > "$ktap"
 : > "$console"
 setpriv --pdeathsig KILL "$@" > "$log" 2>&1 < /dev/null &
@@ -42,10 +58,7 @@ qemu=$!
 trap 'kill -KILL $qemu 2> /dev/null || true' EXIT
 trap 'exit 130' INT TERM HUP
 
-timeout "$limit" tail -n +1 -f --pid=$qemu "$ktap" | awk -v verbose="${V:-}" '
-	$3 ~ /^cpu_us=/ { seconds = substr($4, 8) }
-	/^(not )?ok |^Bail out!|^# kvm-qemu: retry/ { print $0 " (" seconds " s)"; fflush(); next }
-	verbose { print; fflush() }' &
+timeout "$limit" tail -n +1 -f --pid=$qemu "$ktap" | progress &
 wait $! || true
 
 problems=()
