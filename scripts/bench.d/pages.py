@@ -5,15 +5,19 @@ import sys
 
 from runs import MEMORY, TOP, WAYS, boot, median, paging, slopes
 
-# MiB that the longer run pages in, all vCPUs together; the shorter one half of it.
-MIB = 64
+# By size of the pages, MiB that the longer run pages in, all vCPUs together; the shorter
+# one half of it. Of huge pages there have to be enough to be seen at all.
+MIB = {4 << 10: 64, 2 << 20: 512}
+HUGE = ["CMDLINE=sysctl.vm.nr_hugepages=300"]
 
 
-def rows(quick):
+def rows(size, quick):
     """(memory, way, vCPUs) of what is measured; all vCPUs have whole pages."""
     for vcpus in (4,) if quick else (1, 4, 16):
-        for memory, (mode, _, _) in MEMORY.items():
+        for memory, (mode, _, bytes_of_page) in MEMORY.items():
             for way in WAYS:
+                if bytes_of_page != size:
+                    continue
                 # Of what is in the page cache, the kernel alone maps several pages at once.
                 if way == "kernel" and mode == "MINOR":
                     continue
@@ -22,18 +26,21 @@ def rows(quick):
                 yield memory, way, vcpus
 
 
-def measure(arch, quick, rounds):
-    """A dictionary "memory/way/vcpus" of medians; the first round warms up, and isn't counted."""
-    commands = {}
-    for memory, way, vcpus in rows(quick):
-        for mib in MIB // 2, MIB:
+def measure(arch, size, rounds, quick=False):
+    """
+    For pages of so many bytes, in one boot, a dictionary "memory/way/vcpus" of medians;
+    the first round warms up, and isn't counted.
+    """
+    commands, sizes = {}, (MIB[size] // 2, MIB[size])
+    for memory, way, vcpus in rows(size, quick):
+        for mib in sizes:
             commands[f"{memory}_{way}_v{vcpus}_{mib}m"] = paging(arch, memory, way, vcpus, mib)
-    samples = boot(arch, commands, rounds + 1)
+    samples = boot(arch, commands, rounds + 1, ["ICOUNT=1"] + (HUGE if size > 4 << 10 else []))
 
     result = {}
-    for memory, way, vcpus in rows(quick):
-        short, long = (samples[f"{memory}_{way}_v{vcpus}_{mib}m"][1:] for mib in (MIB // 2, MIB))
-        pages = (MIB << 20) // 2 // MEMORY[memory][2]
+    for memory, way, vcpus in rows(size, quick):
+        short, long = (samples[f"{memory}_{way}_v{vcpus}_{mib}m"][1:] for mib in sizes)
+        pages = (sizes[1] - sizes[0] << 20) // size
         result[f"{memory}/{way}/{vcpus}"] = dict(
             median(slopes(short, long, pages)), exits=long[-1].exits, messages=long[-1].messages)
     return result
