@@ -128,6 +128,23 @@ outdir()
 	echo "$1${debug:+-${debug/#1/debug}}"
 }
 
+passed=0 failed=0 skipped=0
+
+# counted ARGUMENT...: runs the harness, and adds what it counted to passed, failed and
+# skipped. If it counted nothing, or failed for what it does not count, one test has
+# failed. Returns the harness's exit status.
+counted()
+{
+	local log=$build/$1.run status=0 counts p f s
+
+	"$top/scripts/harness" "$@" 2>&1 </dev/null | tee "$log" || status=$?
+	counts=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1 | tr -dc '0-9 ' || true)
+	read -r p f s <<<"${counts:-0 0 0}"
+	((status == 0 && p + s > 0 || f)) || f=1
+	passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+	return $status
+}
+
 declare -A lock_fds
 
 # lock NAME: waits for, then holds build/.NAME.lock until unlock or exit, so

@@ -39,7 +39,7 @@
 #define GUEST_MB	128
 #define WORK_MB		40
 #define BACK		(WORK_MB * 256 / 4)	/* pages */
-#define STEP_SECONDS	600	/* for what takes seconds, if the host does nothing else */
+#define STEP_SECONDS	300	/* for what takes seconds, if the host does nothing else */
 #define PROMPT_SECONDS	10	/* for what must not wait for a page */
 
 struct vm {
