@@ -95,7 +95,7 @@ def show(arch, prediction, rates):
         for n, measured in points.items():
             if where == arch:
                 model = prediction[way.split(",")[0]][n]
-                print(f"{way:32} {n:5} {measured:9} {model:9.0f} {100 * (model / measured - 1):6.0f}%")
+                print(f"{NAMES.get(way, way):32} {n:5} {measured:9} {model:9.0f} {100 * (model / measured - 1):6.0f}%")
     print(f"\n{'emulated here, not to be compared':40} " + " ".join(f"{n:>8}" for n in next(iter(rates.values()))))
     for way, by_vcpus in rates.items():
         print(f"{NAMES[way]:40} " + " ".join(f"{rate / 1e3:8.1f}" for rate in by_vcpus.values()))
