@@ -2267,6 +2267,50 @@ TEST_F(exit_on_missing, emulation)
 #define vcpu_has_feature(vcpu, reg, field)					\
 	(!!FIELD_GET(reg##_##field, vcpu_get_reg(vcpu, KVM_ARM64_SYS_REG(SYS_##reg))))
 
+/*
+ * KVM maps the page that has been provided before it enters the guest, so that
+ * the latter leaves the guest only once, for the ucall, but for interrupts.
+ */
+TEST_F(exit_on_missing, completion)
+{
+	u64 nr_exits, min_exits[] = { ~0ull, ~0ull };
+	struct env *env = &self->env;
+	struct kvm_vcpu *vcpu;
+	int i;
+
+	TEST_ASSERT(!env_create(env, &anon_config), "Unexpected skip");
+	vcpu = env->vcpu;
+
+	for (i = 0; i < 2 * TEST_NR_PAGES; i++) {
+		int page = i % TEST_NR_PAGES, write = i / TEST_NR_PAGES;
+
+		kvm_madvise(env->hva + page_offset(page), host_page_size(), MADV_DONTNEED);
+		set_access(env, write ? GUEST_WRITE : GUEST_READ, page, page_content(page));
+		expect_exits(env);
+		do_populate(env, uffd_copy, page);
+
+		nr_exits = vcpu_get_stat(vcpu, exits);
+		expect_done(env);
+		nr_exits = vcpu_get_stat(vcpu, exits) - nr_exits;
+		if (nr_exits < min_exits[write])
+			min_exits[write] = nr_exits;
+	}
+	TEST_ASSERT_EQ(min_exits[0], 1);
+	TEST_ASSERT_EQ(min_exits[1], 1);
+
+	/* Without the flag, the guest faults, and once. */
+	kvm_madvise(env->hva + page_offset(0), host_page_size(), MADV_DONTNEED);
+	set_access(env, GUEST_READ, 0, 0);
+	expect_exits(env);
+	WRITE_ONCE(env->expect_uffd_msgs, true);
+	set_slot_flag(env, false, false);
+	nr_exits = vcpu_get_stat(vcpu, exits);
+	expect_done(env);
+	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), 1);
+	TEST_ASSERT(vcpu_get_stat(vcpu, exits) - nr_exits > 1,
+		    "The page was faulted in ahead of the guest");
+}
+
 FIXTURE(instruction) {
 	struct env env;
 };
