@@ -112,8 +112,10 @@ own_apt()
 	for type in ${types:-deb}; do
 		echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
 	done >"$dir/sources.list"
+	# What is installed here is none of its business, e.g. a version that SUITE lacks.
+	: >"$dir/status"
 	apt=(-o "Dir::Etc::sourcelist=$dir/sources.list"
-		-o Dir::Etc::sourceparts=/dev/null
+		-o Dir::Etc::sourceparts=/dev/null -o "Dir::State::status=$dir/status"
 		-o "Dir::State::lists=$dir/lists" -o "Dir::Cache=$dir/cache"
 		-o APT::Sandbox::User=root -o Acquire::Retries=3 "$@")
 	apt-get "${apt[@]}" -o APT::Update::Error-Mode=any update >"$dir/apt.log" 2>&1 ||

@@ -44,6 +44,7 @@
 #define MAX_RETRIES	2
 #define TRACE_LINES	16	/* of a failed test's last exits */
 #define SWAP_BYTES	(256u << 20)
+#define ALIVE_SECONDS	10	/* between signs of life, see run.sh */
 
 struct test {
 	char *name;
@@ -152,33 +153,6 @@ static void keep_vm(void)
 		perror("/dev/kvm");
 }
 
-/*
- * Memory that nothing points to and that was allocated since the first call
- * makes the second one's scan complain on the console.  An object has to be
- * some seconds old, and the same in two scans.
- */
-static void find_leaks(bool complain)
-{
-	static const char path[] = "/sys/kernel/debug/kmemleak";
-	char line[256];
-	FILE *f;
-
-	if (access(path, F_OK))
-		return;
-
-	write_file(path, "scan");
-	if (!complain) {
-		write_file(path, "clear");
-		return;
-	}
-
-	sleep(6);
-	write_file(path, "scan");
-	f = fopen(path, "re");
-	while (f && fgets(line, sizeof(line), f))
-		fputs(line, stderr);
-}
-
 /* Ports appear from a work item, i.e. possibly later than init. */
 static FILE *open_port(const char *want)
 {
@@ -220,6 +194,34 @@ static void __printf(1, 2) report(const char *fmt, ...)
 	va_end(ap);
 	fputc('\n', ktap);
 	check(!fflush(ktap), "ktap");
+}
+
+/*
+ * Memory that nothing points to and that was allocated since the first call
+ * makes the second one's scan complain on the console.  An object has to be
+ * some seconds old, and the same in two scans.
+ */
+static void find_leaks(bool complain)
+{
+	static const char path[] = "/sys/kernel/debug/kmemleak";
+	char line[256];
+	FILE *f;
+
+	if (access(path, F_OK))
+		return;
+
+	write_file(path, "scan");
+	if (!complain) {
+		write_file(path, "clear");
+		return;
+	}
+
+	sleep(6);
+	report("# kvm-qemu: alive");
+	write_file(path, "scan");
+	f = fopen(path, "re");
+	while (f && fgets(line, sizeof(line), f))
+		fputs(line, stderr);
 }
 
 /* A line of /tests.list is "name seconds binary [argument]...". */
@@ -437,8 +439,10 @@ static bool run_test(struct test *t, int nr, bool may_retry)
 			kill(-pid, SIGKILL);
 			continue;
 		}
-		if (poll(fds, 2, left * 1000 + 1) > 0 && fds[1].revents &&
-		    !read_output(&out, fd))
+		left = left < ALIVE_SECONDS ? left : ALIVE_SECONDS;
+		if (!poll(fds, 2, left * 1000 + 1))
+			report("# kvm-qemu: alive");
+		else if (fds[1].revents && !read_output(&out, fd))
 			fds[1].fd = -1;
 	}
 	check(wait4(pid, &status, 0, &ru) == pid, "wait4");

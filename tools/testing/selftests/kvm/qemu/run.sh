@@ -1,13 +1,14 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# run.sh ARCH DIR LIMIT COMMAND...: run QEMU for at most LIMIT seconds, show the
-# results in DIR/ktap.log as they arrive, and judge. Only what was seen to
-# pass has passed: a test without a result has failed.
+# run.sh ARCH DIR LIMIT SILENCE COMMAND...: run QEMU for at most LIMIT seconds, and
+# no longer than SILENCE seconds without a word of it, show the results in
+# DIR/ktap.log as they arrive, and judge. Only what was seen to pass has passed: a
+# test without a result has failed.
 set -euo pipefail
 
-arch=$1 dir=$2 limit=$3
-shift 3
+arch=$1 dir=$2 limit=$3 silence=$4
+shift 4
 here=$(dirname "$0")
 list=$dir/tests.list ktap=$dir/ktap.log console=$dir/console.log log=$dir/qemu.log
 
@@ -35,11 +36,14 @@ complaint() {
 		END { print report }' "$console" | grep -aEm1 "$splat"
 }
 
-# The results so far; not by awk, as some wait for a block of input.
+# The results so far; not by awk, as some wait for a block of input.  Fails if a
+# machine that has booted is silent.
 progress() {
-	local line seconds=
+	local line seconds='' booted=''
 
-	while IFS= read -r line; do
+	while :; do
+		IFS= read -r ${booted:+-t "$silence"} line || { [ $? -le 128 ]; return; }
+		booted=y
 		case $line in
 		"# "*": cpu_us="*" wall_s="*)
 			seconds=${line##*wall_s=} ;;
@@ -59,11 +63,12 @@ trap 'kill -KILL $qemu 2> /dev/null || true' EXIT
 trap 'exit 130' INT TERM HUP
 
 timeout "$limit" tail -n +1 -f --pid=$qemu "$ktap" | progress &
-wait $! || true
+why="no end after $limit s"
+wait $! || why="no sign of life for $silence s"
 
 problems=()
 if kill -0 $qemu 2> /dev/null; then
-	problems+=("no end after $limit s: QEMU was killed")
+	problems+=("$why: QEMU was killed")
 	kill -KILL $qemu
 	wait $qemu 2> /dev/null || true
 else
@@ -101,6 +106,7 @@ verdict=$(awk -v arch="$arch" '
 		next
 	}
 	FILENAME ~ /tests.list$/ { plan[++nplan] = $1; next }
+	/^# kvm-qemu: alive/ { next }
 	/^# / { line[++lines] = $0 }
 	/^# +ok [0-9]+.*# SKIP/ { part[++nparts] = $0; sub(/.*# SKIP */, "", part[nparts]) }
 	/^(not )?ok / {
