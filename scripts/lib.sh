@@ -137,10 +137,12 @@ passed=0 failed=0 skipped=0
 # failed. Returns the harness's exit status.
 counted()
 {
-	local log=$build/$1.run status=0 counts p f s
+	local log status=0 counts p f s
 
+	log=$(mktemp "$build/run.XXXXXX")
 	"$top/scripts/harness" "$@" 2>&1 </dev/null | tee "$log" || status=$?
 	counts=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1 | tr -dc '0-9 ' || true)
+	rm "$log"
 	read -r p f s <<<"${counts:-0 0 0}"
 	((status == 0 && p + s > 0 || f)) || f=1
 	passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))

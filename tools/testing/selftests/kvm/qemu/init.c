@@ -53,6 +53,7 @@ struct test {
 };
 
 static FILE *ktap;
+static double reported;		/* when the last line of the report was written */
 
 static void __noreturn power_off(void)
 {
@@ -184,6 +185,14 @@ static FILE *open_port(const char *want)
 	die(want);
 }
 
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
 /* One line, and one write to the port, a call. */
 static void __printf(1, 2) report(const char *fmt, ...)
 {
@@ -194,6 +203,7 @@ static void __printf(1, 2) report(const char *fmt, ...)
 	va_end(ap);
 	fputc('\n', ktap);
 	check(!fflush(ktap), "ktap");
+	reported = now();
 }
 
 /*
@@ -248,14 +258,6 @@ static int read_tests(struct test *tests)
 	}
 	fclose(f);
 	return n;
-}
-
-static double now(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec + ts.tv_nsec / 1e9;
 }
 
 /*
@@ -440,10 +442,11 @@ static bool run_test(struct test *t, int nr, bool may_retry)
 			continue;
 		}
 		left = left < ALIVE_SECONDS ? left : ALIVE_SECONDS;
-		if (!poll(fds, 2, left * 1000 + 1))
-			report("# kvm-qemu: alive");
-		else if (fds[1].revents && !read_output(&out, fd))
+		if (poll(fds, 2, left * 1000 + 1) > 0 && fds[1].revents &&
+		    !read_output(&out, fd))
 			fds[1].fd = -1;
+		if (now() - reported >= ALIVE_SECONDS)
+			report("# kvm-qemu: alive");
 	}
 	check(wait4(pid, &status, 0, &ru) == pid, "wait4");
 
