@@ -35,8 +35,8 @@ help:
 	@echo '  make bisect   build, boot and test each commit'
 	@echo '  make docs     out/docs: the documentation as HTML'
 	@echo '  make client-qemu  build QEMU with the patches of clients/qemu, for both or ARCH'
-	@echo '  make client-test  migrate a guest by it in the patched kernel, N times in a row by'
-	@echo '                each way and memory; KERNEL=base for the unpatched one, both in turns'
+	@echo '  make client-test  migrate a guest by it in the patched kernel, N times by each way and'
+	@echo '                memory (x86: in boots of two); KERNEL=base: the unpatched one, both: in turns'
 	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
 	@echo
 	@echo '  ARCH=x86|arm64    one architecture (demo: x86; tests: both); arm64-16k: 16K pages'
