@@ -59,7 +59,7 @@ def sample(name, lines):
         sys.exit(f"error: {name} has not reported its CPU time")
     counts = re.search(r"Memory-fault exits: (\d+), userfaultfd messages: (\d+), pages: (\d+)", text)
     exits, messages, pages = (int(n) for n in counts.groups()) if counts else (0, 0, 0)
-    if counts and (min(exits, messages) or max(exits, messages) != pages):
+    if counts and {exits, messages} != {0, pages}:
         sys.exit(f"error: {name}: {exits} exits and {messages} userfaultfd messages for {pages} pages")
     rate = re.search(r"Overall demand paging rate:\s*([0-9.]+)", text)
     return Sample(sum(cpu), exits, messages, pages, float(rate[1]) if rate else 0, lines)
