@@ -20,6 +20,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysinfo.h>
+#include <sys/time.h>
 
 #include <linux/bitfield.h>
 #include <linux/bitmap.h>
@@ -2309,6 +2310,47 @@ TEST_F(exit_on_missing, completion)
 	TEST_ASSERT_EQ(READ_ONCE(env->nr_uffd_msgs), 1);
 	TEST_ASSERT(vcpu_get_stat(vcpu, exits) - nr_exits > 1,
 		    "The page was faulted in ahead of the guest");
+}
+
+static void sigalrm_handler(int sig)
+{
+}
+
+/*
+ * A vCPU that is initialized again has nothing to complete: nobody has written to
+ * the page.  It's powered off, i.e. KVM_RUN does nothing until a signal arrives.
+ */
+TEST_F(exit_on_missing, completion_init)
+{
+	struct itimerval timer = { { 0, 100000 }, { 0, 100000 } };
+	struct env_config config = anon_config;
+	struct env *env = &self->env;
+	struct kvm_vcpu_init init;
+	int page = 1;
+
+	config.slot_flags = KVM_MEM_LOG_DIRTY_PAGES;
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+
+	set_access(env, GUEST_WRITE, page, 0);
+	expect_exits(env);
+	do_populate(env, uffd_copy, page);
+	expect_done(env);
+	expect_dirty(env, &page, 1);
+
+	kvm_madvise(env->hva + page_offset(page), host_page_size(), MADV_DONTNEED);
+	expect_exits(env);
+	do_populate(env, uffd_copy, page);
+
+	init = env->vcpu->init;
+	init.features[0] |= BIT(KVM_ARM_VCPU_POWER_OFF);
+	vcpu_ioctl(env->vcpu, KVM_ARM_VCPU_INIT, &init);
+
+	signal(SIGALRM, sigalrm_handler);
+	TEST_ASSERT(!setitimer(ITIMER_REAL, &timer, NULL), "setitimer() failed");
+	TEST_ASSERT(__vcpu_run(env->vcpu) == -1 && errno == EINTR, "The vCPU is not off");
+	memset(&timer, 0, sizeof(timer));
+	setitimer(ITIMER_REAL, &timer, NULL);
+	expect_dirty(env, NULL, 0);
 }
 
 FIXTURE(instruction) {
