@@ -2325,6 +2325,7 @@ TEST_F(exit_on_missing, completion_init)
 	struct itimerval timer = { { 0, 100000 }, { 0, 100000 } };
 	struct env_config config = anon_config;
 	struct env *env = &self->env;
+	struct kvm_mp_state mp_state;
 	struct kvm_vcpu_init init;
 	int page = 1;
 
@@ -2347,9 +2348,11 @@ TEST_F(exit_on_missing, completion_init)
 
 	signal(SIGALRM, sigalrm_handler);
 	TEST_ASSERT(!setitimer(ITIMER_REAL, &timer, NULL), "setitimer() failed");
-	TEST_ASSERT(__vcpu_run(env->vcpu) == -1 && errno == EINTR, "The vCPU is not off");
+	TEST_ASSERT(__vcpu_run(env->vcpu) == -1 && errno == EINTR, "No signal has arrived");
 	memset(&timer, 0, sizeof(timer));
 	setitimer(ITIMER_REAL, &timer, NULL);
+	vcpu_mp_state_get(env->vcpu, &mp_state);
+	TEST_ASSERT_EQ(mp_state.mp_state, KVM_MP_STATE_STOPPED);
 	expect_dirty(env, NULL, 0);
 }
 
