@@ -22,6 +22,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -49,6 +50,11 @@
 #define TEST_SLOT		10
 #define TEST_GPA		0xc0000000ul
 #define TEST_GVA		TEST_GPA
+
+/* Another slot, which no vCPU accesses. */
+#define OTHER_SLOT		(TEST_SLOT + 1)
+#define OTHER_GPA		(TEST_GPA + SZ_1G)
+#define OTHER_SIZE		SZ_64M
 
 #define MAX_VCPUS		4
 #define NR_PAGES		64
@@ -342,6 +348,7 @@ enum injector_id {
 	PAGEOUT,
 	MREMAP,
 	RECREATE,
+	OTHER,
 	SIGNAL,
 	PREFAULT,
 	NR_INJECTORS,
@@ -349,7 +356,7 @@ enum injector_id {
 
 /* These make sense for all memory, and those for all shared memory. */
 #define COMMON	(BIT(FLAG) | BIT(LOG) | BIT(UNMAP) | BIT(MPROTECT) | BIT(MIGRATE) |	\
-		 BIT(HINT) | BIT(PAGEOUT) | BIT(SIGNAL) | BIT(PREFAULT))
+		 BIT(HINT) | BIT(PAGEOUT) | BIT(OTHER) | BIT(SIGNAL) | BIT(PREFAULT))
 #define SHARED	(COMMON | BIT(HOST_WORDS))
 
 /* These may undo what a vCPU has populated. */
@@ -496,6 +503,10 @@ struct env {
 	/* Other memory is accessed by /proc/self/mem, whatever its protection. */
 	int mem_fd;
 	int split_fd;
+
+	/* The memory of the other slot, and whether it is being invalidated, i.e. odd. */
+	void *other;
+	atomic_ulong other_seq;
 	void *zeroes;
 };
 
@@ -1747,6 +1758,51 @@ static bool inject_recreate(struct injector_thread *t)
 	return total_mmio(env) > nr_mmio;
 }
 
+static void set_other_slot(struct env *env, u64 size)
+{
+	vm_set_user_memory_region(env->vm, OTHER_SLOT, KVM_MEM_EXIT_ON_MISSING, OTHER_GPA,
+				  size, env->other);
+}
+
+static void *protect_other_fn(void *arg)
+{
+	struct env *env = arg;
+	int i, r;
+
+	for (i = 0; i < 4; i++) {
+		atomic_fetch_add(&env->other_seq, 1);
+		r = mprotect(env->other, OTHER_SIZE, PROT_READ | (i % 2 ? PROT_WRITE : 0));
+		TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("mprotect()", r));
+		atomic_fetch_add(&env->other_seq, 1);
+	}
+	return NULL;
+}
+
+/*
+ * Create or delete a slot while its memory is being invalidated.  KVM must not see
+ * only the beginning, or only the end, or faults will be retried for good.
+ */
+static bool inject_other(struct injector_thread *t)
+{
+	struct env *env = t->env;
+	bool create = kvm_random_bool(&t->rng);
+	u64 seq = atomic_load(&env->other_seq);
+	pthread_t thread;
+	bool met;
+
+	if (create)
+		set_other_slot(env, 0);
+	kvm_pthread_create(&thread, NULL, protect_other_fn, env);
+	while (atomic_load(&env->other_seq) == seq)
+		sched_yield();
+	met = atomic_load(&env->other_seq) % 2;
+	set_other_slot(env, create ? OTHER_SIZE : 0);
+	kvm_pthread_join(thread, NULL);
+	if (!create)
+		set_other_slot(env, OTHER_SIZE);
+	return met;
+}
+
 static bool inject_signal(struct injector_thread *t)
 {
 	struct vcpu_thread *v = &t->env->vcpus[random_below(&t->rng, t->env->nr_vcpus)];
@@ -1856,6 +1912,7 @@ static const struct injector {
 	[PAGEOUT]	= { "pageout", inject_pageout, needs_swap },
 	[MREMAP]	= { "mremap", inject_mremap },
 	[RECREATE]	= { "recreate", inject_recreate },
+	[OTHER]		= { "other", inject_other },
 	[SIGNAL]	= { "signal", inject_signal },
 	[PREFAULT]	= { "prefault", inject_prefault, needs_prefault },
 };
@@ -1952,6 +2009,11 @@ static const char *env_map_memory(struct env *env)
 
 		host_access(env, word_offset(env, i, 0) - sizeof(insn), &insn, true);
 	}
+
+	/* Zero pages, of which many take long to be invalidated, and no memory. */
+	env->other = kvm_mmap(OTHER_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	madvise(env->other, OTHER_SIZE, MADV_NOHUGEPAGE);
+	kvm_madvise(env->other, OTHER_SIZE, MADV_POPULATE_READ);
 	return NULL;
 }
 
@@ -2003,6 +2065,7 @@ static const char *env_create(struct env *env)
 		vm_enable_cap(env->vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, env->manual_caps);
 
 	set_slot_flags(env, KVM_MEM_EXIT_ON_MISSING);
+	set_other_slot(env, OTHER_SIZE);
 	virt_map(env->vm, TEST_GVA, TEST_GPA, env->size / env->vm->page_size);
 
 	for (i = 0; i < env->nr_vcpus; i++) {
@@ -2034,6 +2097,8 @@ static void env_destroy(struct env *env)
 		kvm_munmap(env->alias, env->size);
 	if (env->hva)
 		kvm_munmap(env->hva, env->size);
+	if (env->other)
+		kvm_munmap(env->other, OTHER_SIZE);
 }
 
 static time_t uptime(void)
