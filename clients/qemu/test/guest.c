@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
 
 #include "workload.h"
 
@@ -75,6 +77,19 @@ static void *work(void *arg)
 	}
 }
 
+static void say_clock(void)
+{
+	char name[32] = "unknown\n";
+	FILE *file;
+
+	mkdir("/sys", 0755);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	file = fopen("/sys/devices/system/clocksource/clocksource0/current_clocksource", "re");
+	if (!file || !fgets(name, sizeof(name), file))
+		perror("L2: no clock");
+	say("L2: clock %s", name);
+}
+
 int main(void)
 {
 	const char *mb = getenv("l2mb");
@@ -84,6 +99,7 @@ int main(void)
 	pages = (mb ? atoi(mb) : 16) * (1ull << 20) / WORKLOAD_PAGE / cpus;
 	while (pages % STRIDE == 0)
 		pages--;
+	say_clock();
 	say("L2: start %d %llu end\n", (int)cpus, (unsigned long long)pages);
 	for (long t = 0; t < cpus; t++)
 		if (pthread_create(&thread, NULL, work, (void *)t))
