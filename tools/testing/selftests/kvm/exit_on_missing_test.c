@@ -1620,6 +1620,70 @@ TEST_F(exit_on_missing, two_vcpus)
 		kvm_pthread_join(threads[i].thread, NULL);
 }
 
+static void *idle_fn(void *unused)
+{
+	for (;;)
+		pause();
+	return NULL;
+}
+
+/* The scheduler's scans go by this clock. */
+static time_t cpu_seconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+	return now.tv_sec;
+}
+
+/*
+ * A page with a NUMA hint is there: a read doesn't exit, as MADV_POPULATE_READ would
+ * leave the hint alone.  A write does.  It is up to the scheduler when hints appear;
+ * it gives none to pages of the own node while a process has one thread only.
+ */
+TEST_F(exit_on_missing, numa_hint)
+{
+	const struct env_config config = { .backing = BACKING_ANON, .nr_vcpus = 2 };
+	struct env *env = &self->env;
+	struct kvm_vcpu *reader;
+	int nr_hints, page = 0;
+	pthread_t idle;
+	time_t start;
+	u64 gva;
+
+	if (!is_multi_numa_node_system() || !is_numa_balancing_enabled())
+		SKIP(return, "no NUMA balancing");
+
+	set_mempolicy(MPOL_DEFAULT, NULL, 0);
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+	reader = env->vcpus[1];
+	do_populate_all(env, populate_write);
+	kvm_pthread_create(&idle, NULL, idle_fn, NULL);
+
+	for (nr_hints = 0; nr_hints < 2; nr_hints++) {
+		start = cpu_seconds();
+		do {
+			if (cpu_seconds() - start > 60)
+				SKIP(return, "no NUMA hint in a minute of CPU time");
+			page = (page + 1) % TEST_NR_PAGES;
+			set_access(env, GUEST_WRITE, page, page_content(page));
+		} while (vcpu_try_access(env, env->vcpu));
+
+		/* Nobody writes to the start of a page. */
+		gva = TEST_GVA + page_offset(page);
+		vcpu_set_access(env, reader, GUEST_READ, gva, 1);
+		vcpu_expect_done(env, reader);
+		TEST_ASSERT_EQ(env->cmds[reader->id].val, 0);
+
+		expect_exits(env);
+		do_populate(env, populate_write, page);
+		while (!vcpu_try_access(env, env->vcpu))
+			do_populate(env, populate_write, page);
+	}
+
+	kvm_pthread_cancel_join(idle);
+}
+
 /*
  * Once the flag is cleared, an access to a missing page goes to userfaultfd.
  * Once it is set again, the access exits again.
