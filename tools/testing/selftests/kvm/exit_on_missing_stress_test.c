@@ -69,6 +69,10 @@
 #define TEST_HVA_ELSEWHERE	(TEST_HVA + 2 * MAX_HUGE_PAGE)
 #define TEST_HVA_END		(TEST_HVA + 4 * MAX_HUGE_PAGE)
 
+/* Memory in front of it that no slot has, see unmap_memory(). */
+#define FRONT_SIZE		SZ_32M
+#define FRONT_HVA		(TEST_HVA - FRONT_SIZE)
+
 /* Exits in a row that no injector explains, exits for a single access. */
 #define MAX_UNEXPLAINED		100
 #define MAX_EXITS		20000
@@ -452,8 +456,9 @@ struct env {
 	} vcpus[MAX_VCPUS];
 
 	void *hva;
-	/* A second mapping of shared memory. */
+	/* A second mapping of shared memory, and its file. */
 	void *alias;
+	int memfd;
 	/* The size of the slot, and of it without the page for probes. */
 	size_t size;
 	size_t main_size;
@@ -1680,13 +1685,56 @@ static void move_memory(struct env *env, void *from, void *to, int flags)
 	TEST_ASSERT(mem == to, __KVM_SYSCALL_ERROR("mremap()", (int)(u64)mem));
 }
 
+static void map_fixed(void *addr, size_t size, int prot, int flags, int fd)
+{
+	void *mem = mmap(addr, size, prot, flags | MAP_FIXED_NOREPLACE, fd, 0);
+
+	TEST_ASSERT(mem == addr, __KVM_SYSCALL_ERROR("mmap()", (int)(u64)mem));
+}
+
+static void map_memory(struct env *env, size_t size)
+{
+	map_fixed(env->hva, size, PROT_READ | PROT_WRITE,
+		  env->memfd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, env->memfd);
+
+	/* This fails without THP. */
+	madvise(env->hva, size, MADV_NOHUGEPAGE);
+	if (env->mode->thp)
+		madvise(env->hva, env->main_size, MADV_HUGEPAGE);
+}
+
+/*
+ * Unmap the memory together with what is in front of it, zero pages, of which
+ * many take long.  Until it's the memory's turn, KVM has invalidated what is
+ * still mapped.
+ */
+static void unmap_memory(struct injector_thread *t)
+{
+	struct env *env = t->env;
+	struct frozen frozen;
+
+	map_fixed(FRONT_HVA, FRONT_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	madvise(FRONT_HVA, FRONT_SIZE, MADV_NOHUGEPAGE);
+	kvm_madvise(FRONT_HVA, FRONT_SIZE, MADV_POPULATE_READ);
+
+	freeze_prepare(env, &frozen, random_pages(t));
+	kvm_munmap(FRONT_HVA, FRONT_SIZE + env->main_size);
+
+	freeze_begin(env, &frozen);
+	freeze_wait(t);
+	freeze_end(env, &frozen, "munmap()", false);
+	map_memory(env, env->main_size);
+}
+
 static bool inject_mremap(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	void *elsewhere = TEST_HVA_ELSEWHERE;
 
 	unmappable_begin(env);
-	if (env->alias && kvm_random_bool(&t->rng)) {
+	if (env->alias && !random_below(&t->rng, 4)) {
+		unmap_memory(t);
+	} else if (env->alias && kvm_random_bool(&t->rng)) {
 		/* Leave nothing but the mapping itself behind. */
 		move_memory(env, env->hva, elsewhere, MREMAP_DONTUNMAP);
 		kvm_munmap(elsewhere, env->main_size);
@@ -1968,8 +2016,7 @@ static const char *env_setup_uffd(struct env *env)
 
 static const char *env_map_memory(struct env *env)
 {
-	int flags = MAP_FIXED_NOREPLACE;
-	int fd = -1, i;
+	int i;
 
 	env->page_size = getpagesize();
 	env->main_size = NR_PAGES * env->page_size;
@@ -1983,26 +2030,15 @@ static const char *env_map_memory(struct env *env)
 	env->stride = env->main_size / env->page_size / NR_PAGES;
 	env->size = env->main_size + env->page_size;
 
-	if (env->mode->memfd) {
-		fd = kvm_memfd_alloc(env->size, false);
-		flags |= MAP_SHARED;
-	} else {
-		flags |= MAP_PRIVATE | MAP_ANONYMOUS;
-	}
+	if (env->mode->memfd)
+		env->memfd = kvm_memfd_alloc(env->size, false);
 
-	env->hva = mmap(TEST_HVA, env->size, PROT_READ | PROT_WRITE, flags, fd, 0);
-	TEST_ASSERT(env->hva == TEST_HVA, __KVM_SYSCALL_ERROR("mmap()", (int)(u64)env->hva));
-	if (fd >= 0) {
-		env->alias = kvm_mmap(env->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
-		close(fd);
-	}
-
-	/* This fails without THP. */
-	madvise(env->hva, env->size, MADV_NOHUGEPAGE);
-	if (env->alias)
+	env->hva = TEST_HVA;
+	map_memory(env, env->size);
+	if (env->memfd >= 0) {
+		env->alias = kvm_mmap(env->size, PROT_READ | PROT_WRITE, MAP_SHARED, env->memfd);
 		madvise(env->alias, env->size, MADV_NOHUGEPAGE);
-	if (env->mode->thp)
-		madvise(env->hva, env->main_size, MADV_HUGEPAGE);
+	}
 
 	for (i = 0; i < NR_PAGES && env->alias; i++) {
 		u64 insn = RET_INSN;
@@ -2026,6 +2062,7 @@ static const char *env_create(struct env *env)
 
 	env->uffd = -1;
 	env->split_fd = -1;
+	env->memfd = -1;
 	env->mem_fd = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
 	TEST_ASSERT(env->mem_fd >= 0, "Can't open /proc/self/mem, errno = %d", errno);
 	pthread_mutex_init(&env->slot_mutex, NULL);
@@ -2093,6 +2130,8 @@ static void env_destroy(struct env *env)
 	close(env->mem_fd);
 	if (env->zeroes)
 		kvm_munmap(env->zeroes, env->page_size);
+	if (env->memfd >= 0)
+		close(env->memfd);
 	if (env->alias)
 		kvm_munmap(env->alias, env->size);
 	if (env->hva)
