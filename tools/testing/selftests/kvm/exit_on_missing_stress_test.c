@@ -505,6 +505,7 @@ struct env {
 	int uffd_pipe[2];
 	pthread_t uffd_reader;
 	u64 nr_closed_msgs;
+	int pagemap_fd;
 	/* Other memory is accessed by /proc/self/mem, whatever its protection. */
 	int mem_fd;
 	int split_fd;
@@ -524,6 +525,8 @@ struct injector_thread {
 	const char *skip;
 	u64 nr_acted;
 	u64 nr_succeeded;
+	/* A count of the kernel's, as it was after the last action. */
+	u64 count;
 	/* What a migration of the VM would have copied, and of which pages. */
 	u64 copy[NR_PAGES][MAX_VCPUS];
 	u64 copied;
@@ -1123,8 +1126,8 @@ static void *vcpu_fn(void *arg)
 				v->nr_signals++;
 				continue;
 			}
-			TEST_ASSERT(r == EFAULT || r == EHWPOISON,
-				    "KVM_RUN failed, errno = %d (%s)", r, strerror(r));
+			TEST_ASSERT(r == EFAULT, "KVM_RUN failed, errno = %d (%s)",
+				    r, strerror(r));
 			handle_fault(v, r, &s);
 			continue;
 		}
@@ -1490,12 +1493,44 @@ static bool inject_host_words(struct injector_thread *t)
 	return true;
 }
 
+/* Bits of /proc/self/pagemap. */
+#define PAGEMAP_PRESENT	BIT_ULL(63)
+#define PAGEMAP_UFFD_WP	BIT_ULL(57)
+
+/* Is one of the pages like that, i.e. is there something to undo? */
+static bool any_page_is(struct env *env, u64 pages, u64 bit)
+{
+	u64 entry, pfn;
+	int i;
+
+	for (i = 0; i < NR_PAGES; i++) {
+		if (!(pages & BIT_ULL(i)))
+			continue;
+		pfn = ((u64)env->hva + word_offset(env, i, 0)) / env->page_size;
+		TEST_ASSERT(pread(env->pagemap_fd, &entry, sizeof(entry), pfn * sizeof(entry)) ==
+			    sizeof(entry), "Can't read pagemap, errno = %d", errno);
+		if (entry & bit)
+			return true;
+	}
+	return false;
+}
+
+/* Has a count of the kernel's increased since the last action? */
+static bool increased(struct injector_thread *t, u64 count)
+{
+	bool more = count > t->count;
+
+	t->count = count;
+	return more;
+}
+
 static bool inject_unmap(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	struct shared *s = env->shared;
 	u64 pages = random_pages(t);
 	int advice = MADV_DONTNEED;
+	bool mapped;
 	int i, r;
 
 	if (env->mode->lossy && !random_below(&t->rng, 4))
@@ -1506,6 +1541,7 @@ static bool inject_unmap(struct injector_thread *t)
 			WRITE_ONCE(s->drop_begin[i], s->drop_begin[i] + 1);
 	}
 	order_accesses();
+	mapped = any_page_is(env, pages, PAGEMAP_PRESENT);
 	r = madvise(env->hva + range_start(env, pages), range_size(env, pages), advice);
 	order_accesses();
 	for (i = 0; i < NR_PAGES && env->mode->lossy; i++) {
@@ -1515,7 +1551,7 @@ static bool inject_unmap(struct injector_thread *t)
 		if (!r && advice == MADV_DONTNEED)
 			WRITE_ONCE(s->zap_end[i], s->drop_begin[i]);
 	}
-	return !r;
+	return !r && mapped;
 }
 
 static bool inject_mprotect(struct injector_thread *t)
@@ -1525,10 +1561,12 @@ static bool inject_mprotect(struct injector_thread *t)
 	void *start = env->hva + range_start(env, pages);
 	size_t size = range_size(env, pages);
 	struct frozen frozen;
+	bool mapped;
 	int r;
 
 	unmappable_begin(env);
 	freeze_prepare(env, &frozen, pages);
+	mapped = any_page_is(env, pages, PAGEMAP_PRESENT);
 	r = mprotect(start, size, kvm_random_bool(&t->rng) ? PROT_READ : PROT_NONE);
 	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("mprotect()", r));
 
@@ -1539,7 +1577,7 @@ static bool inject_mprotect(struct injector_thread *t)
 	r = mprotect(start, size, PROT_READ | PROT_WRITE);
 	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("mprotect()", r));
 	unmappable_end(env);
-	return true;
+	return mapped;
 }
 
 static void set_wp_frozen(struct env *env, u64 pages)
@@ -1555,6 +1593,7 @@ static bool inject_wp(struct injector_thread *t)
 	u64 pages = random_pages(t);
 	bool freeze = kvm_random_bool(&t->rng);
 	struct frozen frozen;
+	bool protected;
 	int r;
 
 	if (freeze) {
@@ -1566,6 +1605,7 @@ static bool inject_wp(struct injector_thread *t)
 		r = uffd_writeprotect(env, range_start(env, pages), range_size(env, pages), true);
 	} while (r == EAGAIN);
 	TEST_ASSERT(!r, "UFFDIO_WRITEPROTECT failed, errno = %d (%s)", r, strerror(r));
+	protected = any_page_is(env, pages, PAGEMAP_UFFD_WP);
 
 	if (freeze) {
 		freeze_begin(env, &frozen);
@@ -1573,18 +1613,27 @@ static bool inject_wp(struct injector_thread *t)
 		freeze_end(env, &frozen, "UFFDIO_WRITEPROTECT", true);
 		set_wp_frozen(env, 0);
 	}
-	return true;
+	return protected;
+}
+
+/* How much of the memory is mapped by huge pages. */
+static u64 read_huge(struct env *env)
+{
+	return read_smaps(env->alias ? "ShmemPmdMapped:" : "AnonHugePages:");
 }
 
 static bool inject_collapse(struct injector_thread *t)
 {
-	return !madvise(t->env->hva, t->env->main_size, MADV_COLLAPSE);
+	struct env *env = t->env;
+	u64 huge = read_huge(env);
+
+	/* A success if there is nothing to do, too. */
+	return !madvise(env->hva, env->main_size, MADV_COLLAPSE) && read_huge(env) > huge;
 }
 
 static bool inject_split(struct injector_thread *t)
 {
 	struct env *env = t->env;
-	const char *key = env->alias ? "ShmemPmdMapped:" : "AnonHugePages:";
 	u64 nr_splits = read_number("/proc/vmstat", "thp_split_page ");
 	char text[128];
 	u64 huge;
@@ -1592,7 +1641,7 @@ static bool inject_split(struct injector_thread *t)
 
 	/* Have something to split. */
 	madvise(env->hva, env->main_size, MADV_COLLAPSE);
-	huge = read_smaps(key);
+	huge = read_huge(env);
 
 	len = snprintf(text, sizeof(text), "%d,0x%lx,0x%lx", getpid(), (u64)env->hva,
 		       (u64)env->hva + env->main_size);
@@ -1600,7 +1649,7 @@ static bool inject_split(struct injector_thread *t)
 		return false;
 
 	/* Other injectors merely unmap huge pages. */
-	return read_smaps(key) < huge &&
+	return read_huge(env) < huge &&
 	       read_number("/proc/vmstat", "thp_split_page ") > nr_splits;
 }
 
@@ -1613,7 +1662,7 @@ static bool inject_ksm(struct injector_thread *t)
 	if (!random_below(&t->rng, 8))
 		madvise(env->hva, env->main_size, MADV_UNMERGEABLE);
 	madvise(env->hva, env->main_size, MADV_MERGEABLE);
-	return read_number("/proc/self/ksm_merging_pages", "");
+	return increased(t, read_number("/proc/self/ksm_merging_pages", ""));
 }
 
 static bool inject_migrate(struct injector_thread *t)
@@ -1658,7 +1707,7 @@ static bool inject_hint(struct injector_thread *t)
 			 READ_ONCE(env->vcpus[i].tid));
 		nr_faults += read_number(path, "total_numa_faults");
 	}
-	return nr_faults;
+	return increased(t, nr_faults);
 }
 
 static bool inject_pageout(struct injector_thread *t)
@@ -1674,7 +1723,7 @@ static bool inject_pageout(struct injector_thread *t)
 	madvise(env->hva + start, size, MADV_PAGEOUT);
 
 	/* If memory isn't short, nothing else does that. */
-	return read_smaps("Swap:");
+	return increased(t, read_number("/proc/vmstat", "pswpout ")) && read_smaps("Swap:");
 }
 
 static void move_memory(struct env *env, void *from, void *to, int flags)
@@ -1730,8 +1779,10 @@ static bool inject_mremap(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	void *elsewhere = TEST_HVA_ELSEWHERE;
+	bool mapped;
 
 	unmappable_begin(env);
+	mapped = any_page_is(env, GENMASK_ULL(NR_PAGES - 1, 0), PAGEMAP_PRESENT);
 	if (env->alias && !random_below(&t->rng, 4)) {
 		unmap_memory(t);
 	} else if (env->alias && kvm_random_bool(&t->rng)) {
@@ -1744,7 +1795,7 @@ static bool inject_mremap(struct injector_thread *t)
 		move_memory(env, elsewhere, env->hva, 0);
 	}
 	unmappable_end(env);
-	return true;
+	return mapped;
 }
 
 /* What isn't in memory can't be executed, wait until nobody is going to. */
@@ -1952,7 +2003,7 @@ static const struct injector {
 	[UNMAP]		= { "unmap", inject_unmap },
 	[MPROTECT]	= { "mprotect", inject_mprotect },
 	[WP]		= { "wp", inject_wp },
-	[COLLAPSE]	= { "collapse", inject_collapse },
+	[COLLAPSE]	= { "collapse", inject_collapse, needs_smaps },
 	[SPLIT]		= { "split", inject_split, needs_split },
 	[KSM]		= { "ksm", inject_ksm, needs_ksm },
 	[MIGRATE]	= { "migrate", inject_migrate, needs_numa },
@@ -2065,6 +2116,8 @@ static const char *env_create(struct env *env)
 	env->memfd = -1;
 	env->mem_fd = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
 	TEST_ASSERT(env->mem_fd >= 0, "Can't open /proc/self/mem, errno = %d", errno);
+	env->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	TEST_ASSERT(env->pagemap_fd >= 0, "Can't open /proc/self/pagemap, errno = %d", errno);
 	pthread_mutex_init(&env->slot_mutex, NULL);
 	pthread_mutex_init(&env->layout_mutex, NULL);
 	pthread_mutex_init(&env->mmio_mutex, NULL);
@@ -2128,6 +2181,7 @@ static void env_destroy(struct env *env)
 	if (env->split_fd >= 0)
 		close(env->split_fd);
 	close(env->mem_fd);
+	close(env->pagemap_fd);
 	if (env->zeroes)
 		kvm_munmap(env->zeroes, env->page_size);
 	if (env->memfd >= 0)
@@ -2320,9 +2374,10 @@ static void report_failure(void)
 	if (!failed_env)
 		return;
 
-	ksft_print_msg("Failed, to try again: -s 0x%x -m %s -v %d -n %lu -a %lu -i '",
+	ksft_print_msg("Failed, to try again: -s 0x%x -m %s -v %d -n %lu -a %lu -w %d -i '",
 		       failed_env->user_seed, failed_env->mode->name, failed_env->nr_vcpus,
-		       failed_env->nr_accesses, failed_env->nr_actions);
+		       failed_env->nr_accesses, failed_env->nr_actions,
+		       failed_env->max_seconds);
 	for (i = 0; i < NR_INJECTORS; i++) {
 		if (failed_env->injectors & BIT(i))
 			printf("%s,", injectors[i].name);
@@ -2462,6 +2517,7 @@ int main(int argc, char *argv[])
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_EXIT_ON_MISSING) == KVM_MEM_EXIT_ON_MISSING);
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
+	TEST_REQUIRE(!access("/proc/self/pagemap", R_OK));
 
 	if (!mode_mask)
 		mode_mask = GENMASK(ARRAY_SIZE(modes) - 1, 0);

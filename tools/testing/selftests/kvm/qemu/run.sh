@@ -18,22 +18,34 @@ splat+='|Kernel panic|[Uu]nable to handle|general protection|Internal error|Bad 
 splat+='|Call [Tt]race|cut here|sleeping function|while atomic|refcount_t:'
 splat+='|new suspected memory leaks'
 
-# Functions of memory-fault exits.
+# Functions of memory-fault exits, but for those through which all of KVM_RUN goes.
 ours='memory_fault|exit_on_missing|kvm_handle_error_pfn|kvm_mmu_faultin_pfn|kvm_s2_fault'
 ours+='|user_mem_abort|commit_memory_region|slot_apply_flags|check_memory_region_flags'
 ours+='|ioctl_enable_cap_generic|kvm_hva_is_missing|hva_is_unmapped|complete_missing_page'
+ours+='|mmu_invalidate_retry_missing|async_page_ready|nested_svm_vmrun|pkvm_mem_abort|gmem_abort'
 
 # The first complaint on the console, but for data races that KCSAN found in other
 # functions, and for how it came that memory is short, which tests do on purpose.
+# To the end, as what stops earlier lets a pipe fail that has a complaint to tell.
 complaint() {
-	awk -v ours="$ours" '
-		/BUG: KCSAN:/ { report = $0; next }
-		report != "" && /=====/ { if (report ~ ours) print report; report = ""; next }
-		report != "" { report = report "\n" $0; next }
+	LC_ALL=C awk -v ours="$ours" -v splat="$splat" '
+		function look(text) {
+			if (first == "" && text ~ splat)
+				first = text
+		}
+		function judge() {
+			if (stacks ~ ours)
+				look(report)
+			report = stacks = ""
+		}
+		/BUG: KCSAN:/ { judge(); report = $0; next }
+		report != "" && /=====/ { judge(); next }
+		# The name of the process is none of a function.
+		report != "" { if (!/ Comm: /) stacks = stacks $0 "\n"; next }
 		/ invoked oom-killer: |: (page allocation failure|vmalloc error): / { excused = 1 }
 		excused && /Call [Tt]race/ { excused = 0; next }
-		{ print }
-		END { print report }' "$console" | grep -aEm1 "$splat"
+		{ look($0) }
+		END { judge(); print first }' "$console"
 }
 
 # The results so far; not by awk, as some wait for a block of input.  Fails if a
@@ -75,7 +87,8 @@ else
 	wait $qemu || problems+=("QEMU failed with status $?: $(tail -n 1 "$log")")
 fi
 [ "$(tail -n 1 "$ktap")" = "# kvm-qemu: end" ] || problems+=("the machine did not live to the end")
-! found=$(complaint) || problems+=("the kernel complained: $found")
+found=$(complaint)
+[ -z "$found" ] || problems+=("the kernel complained: $found")
 
 # Lines "status name why", and the last lines that a failed test wrote.
 verdict=$(awk -v arch="$arch" '
