@@ -19,7 +19,8 @@ splat+='|Call [Tt]race|cut here|sleeping function|while atomic|refcount_t:'
 splat+='|new suspected memory leaks'
 
 # Functions of memory-fault exits, but for those through which all of KVM_RUN goes.
-ours='memory_fault|exit_on_missing|kvm_handle_error_pfn|kvm_mmu_faultin_pfn|kvm_s2_fault'
+ours='memory_fault|exit_on_missing|hva_to_pfn|kvm_handle_error_pfn|kvm_mmu_faultin_pfn'
+ours+='|kvm_s2_fault|kvm_replace_memslot'
 ours+='|user_mem_abort|commit_memory_region|slot_apply_flags|check_memory_region_flags'
 ours+='|ioctl_enable_cap_generic|kvm_hva_is_missing|hva_is_unmapped|complete_missing_page'
 ours+='|mmu_invalidate_retry_missing|async_page_ready|nested_svm_vmrun|pkvm_mem_abort|gmem_abort'
