@@ -12,6 +12,9 @@
  * that "-s seed -n number" repeats what led to a finding.  The seed is printed
  * before anything happens; "-v" prints the operations, too, in case that the
  * kernel doesn't survive one.
+ *
+ * What the kernel does to memory whenever it likes, i.e. KSM and NUMA hints, no seed
+ * could repeat.  That is for exit_on_missing_stress_test.
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -183,6 +186,7 @@ static const char * const outcomes[] = {
 
 static size_t page_size;
 static int pagemap_fd;
+static int split_fd;
 static u64 zero_page;
 static int kvm_fd;
 static int nr_as, max_slots;
@@ -529,6 +533,8 @@ enum host_op {
 	FREE,
 	PAGEOUT,
 	MIGRATE,
+	COLLAPSE,
+	SPLIT,
 	PROTECT,
 	REMAP,
 	UNMAP,
@@ -554,6 +560,8 @@ static const struct {
 	[FREE]		 = { "MADV_FREE" },
 	[PAGEOUT]	 = { "MADV_PAGEOUT" },
 	[MIGRATE]	 = { "move_pages" },
+	[COLLAPSE]	 = { "MADV_COLLAPSE" },
+	[SPLIT]		 = { "split a huge page" },
 	[PROTECT]	 = { "mprotect" },
 	[REMAP]		 = { "mremap" },
 	[UNMAP]		 = { "munmap" },
@@ -582,6 +590,43 @@ static int host_move(void *addr, int node)
 
 	r = syscall(__NR_move_pages, 0, 1ul, &addr, &node, &status, MPOL_MF_MOVE);
 	return r ? -errno : status;
+}
+
+static u64 read_vmstat(const char *key)
+{
+	FILE *f = fopen("/proc/vmstat", "re");
+	char line[128];
+	u64 val = 0;
+
+	TEST_ASSERT(f, "No vmstat in /proc, errno = %d", errno);
+	while (fgets(line, sizeof(line), f)) {
+		if (!strncmp(line, key, strlen(key)) && line[strlen(key)] == ' ')
+			val = strtoul(line + strlen(key), NULL, 10);
+	}
+	fclose(f);
+	return val;
+}
+
+/* Make a huge page of all the memory, or the opposite. */
+static int host_huge(struct area *area, bool collapse)
+{
+	const char *key = collapse ? "thp_collapse_alloc" : "thp_split_page";
+	size_t size = area->nr_pages * page_size;
+	u64 nr = read_vmstat(key);
+	char text[128];
+	int len;
+
+	if (collapse) {
+		if (madvise(area->hva, size, MADV_COLLAPSE))
+			return errno;
+	} else {
+		len = snprintf(text, sizeof(text), "%d,0x%lx,0x%lx", getpid(), (u64)area->hva,
+			       (u64)area->hva + size);
+		if (pwrite(split_fd, text, len, 0) != len)
+			return errno;
+	}
+	/* Success may mean that there was nothing to do. */
+	return read_vmstat(key) > nr ? 0 : EALREADY;
 }
 
 /* Move a page to another address and back. */
@@ -718,6 +763,10 @@ static int do_host_op(struct area *area, int nr, enum host_op op)
 	case MIGRATE:
 		r = host_move(addr, rnd(2));
 		r = r < 0 ? -r : 0;
+		break;
+	case COLLAPSE:
+	case SPLIT:
+		r = host_huge(area, op == COLLAPSE);
 		break;
 	case REMAP:
 		/* Without UFFD_FEATURE_EVENT_REMAP, that would undo UFFDIO_REGISTER. */
@@ -1485,18 +1534,35 @@ static void check_all_pages(void)
 	}
 }
 
-static void op_immediate_exit(void)
+static void sigusr1_mask(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, SIGUSR1);
+}
+
+static void op_interrupted(void)
 {
 	struct fuzzed_vm *vm = rnd_vm();
-	int r;
+	bool signal = one_in(2);
+	sigset_t set;
+	int r, error;
 
-	describe("VM %ld: KVM_RUN with immediate_exit", vm - vms);
+	describe("VM %ld: KVM_RUN with %s", vm - vms, signal ? "a signal" : "immediate_exit");
 	scribble(vm->vcpu->run);
-	vm->vcpu->run->immediate_exit = true;
+	vm->vcpu->run->immediate_exit = !signal;
+	/* Blocked until KVM_RUN. */
+	if (signal)
+		raise(SIGUSR1);
+
 	r = __vcpu_run(vm->vcpu);
+	error = errno;
 	vm->vcpu->run->immediate_exit = false;
-	if (r != -1 || errno != EINTR)
-		finding("KVM_RUN = %d, errno %d (%s), expected EINTR", r, errno, strerror(errno));
+	if (r != -1 || error != EINTR)
+		finding("KVM_RUN = %d, errno %d (%s), expected EINTR", r, error, strerror(error));
+
+	sigusr1_mask(&set);
+	if (signal)
+		TEST_ASSERT_EQ(sigwaitinfo(&set, NULL), SIGUSR1);
 }
 
 #ifdef __x86_64__
@@ -1608,6 +1674,35 @@ static void op_pre_fault(void)
 }
 #endif
 
+static bool have_swap(void)
+{
+	struct sysinfo info;
+
+	return !syscall(__NR_sysinfo, &info) && info.totalswap;
+}
+
+static bool have_nodes(void)
+{
+	return !access("/sys/devices/system/node/node1", F_OK);
+}
+
+/* What depends on the machine. */
+static bool host_op_works(enum host_op op)
+{
+	switch (op) {
+	case PAGEOUT:
+		return have_swap();
+	case MIGRATE:
+		return have_nodes();
+	case COLLAPSE:
+		return areas[THP].nr_pages > AREA_PAGES;
+	case SPLIT:
+		return areas[THP].nr_pages > AREA_PAGES && split_fd >= 0;
+	default:
+		return true;
+	}
+}
+
 static void op_host(void)
 {
 	struct fuzzed_vm *vm = rnd_vm();
@@ -1618,6 +1713,8 @@ static void op_host(void)
 	int nr, pending_nr, r;
 	u64 pm;
 
+	if (op == COLLAPSE || op == SPLIT)
+		area = &areas[THP];
 	if (!area->nr_pages)
 		area = &areas[ANON];
 	nr = rnd_page(area->nr_pages);
@@ -1635,7 +1732,8 @@ static void op_host(void)
 
 	if (is_gmem(area))
 		op = op == PUNCH_HOLE ? PUNCH_HOLE : HOST_WRITE;
-	if ((host_ops[op].uffd && !has_uffd(area)) || (op == PUNCH_HOLE && area->fd < 0))
+	if ((host_ops[op].uffd && !has_uffd(area)) || (op == PUNCH_HOLE && area->fd < 0) ||
+	    !host_op_works(op))
 		op = HOST_WRITE;
 
 	describe("%s, page %d of area %d", host_ops[op].name, nr, area->type);
@@ -1664,7 +1762,7 @@ static struct {
 	{ "KVM_ENABLE_CAP", op_enable_cap, 3 },
 	{ "KVM_CHECK_EXTENSION", op_check_extension, 1 },
 	{ "dirty log", op_dirty_log, 10 },
-	{ "immediate_exit", op_immediate_exit, 1 },
+	{ "interrupted KVM_RUN", op_interrupted, 2 },
 #ifdef __x86_64__
 	{ "kvm_valid_regs", op_bad_sync_regs, 1 },
 	{ "KVM_PRE_FAULT_MEMORY", op_pre_fault, 6 },
@@ -1689,6 +1787,11 @@ static void random_op(void)
 static void create_vms(void)
 {
 	u64 manual = kvm_check_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+	/* No signal is blocked, the kernel's set has 64. */
+	struct {
+		struct kvm_signal_mask head;
+		u8 sigset[8];
+	} mask = { .head.len = sizeof(mask.sigset) };
 	struct fuzzed_vm *vm;
 	int i;
 
@@ -1699,6 +1802,7 @@ static void create_vms(void)
 		vm->cmd = addr_gva2hva(vm->vm, (gva_t)&guest_cmd);
 		virt_map(vm->vm, WINDOW_GPA, WINDOW_GPA, WINDOW_SIZE / vm->vm->page_size);
 		save_regs(vm);
+		vcpu_ioctl(vm->vcpu, KVM_SET_SIGNAL_MASK, &mask.head);
 
 		/* Neither of them, MANUAL_PROTECT_ENABLE, or INITIALLY_SET, too. */
 		vm->manual_protect = manual & (one_in(3) ? 0 : one_in(2) ? 1 : 3);
@@ -1775,18 +1879,6 @@ static void report_count(const char *what, const char *name, u64 nr)
 	missed |= !nr;
 }
 
-static bool have_swap(void)
-{
-	struct sysinfo info;
-
-	return !syscall(__NR_sysinfo, &info) && info.totalswap;
-}
-
-static bool have_nodes(void)
-{
-	return !access("/sys/devices/system/node/node1", F_OK);
-}
-
 static void report(void)
 {
 	struct refused *r;
@@ -1797,7 +1889,7 @@ static void report(void)
 			report_count("operation", ops[i].name, ops[i].nr);
 	}
 	for (i = 0; i < NR_HOST_OPS; i++) {
-		if ((i != PAGEOUT || have_swap()) && (i != MIGRATE || have_nodes()))
+		if (host_op_works(i))
 			report_count("memory", host_ops[i].name, nr_host_ops[i]);
 	}
 	for (i = 0; i < ARRAY_SIZE(outcomes); i++)
@@ -1825,6 +1917,7 @@ int main(int argc, char *argv[])
 	struct sigaction action = { .sa_sigaction = sigbus_handler, .sa_flags = SA_SIGINFO };
 	long max_ops = DEFAULT_OPS, seconds = 0;
 	struct timespec start;
+	sigset_t set;
 	u64 seed = 1;
 	int i, opt;
 
@@ -1853,12 +1946,15 @@ int main(int argc, char *argv[])
 
 	disable_numa_balancing();
 	sigaction(SIGBUS, &action, NULL);
+	sigusr1_mask(&set);
+	sigprocmask(SIG_BLOCK, &set, NULL);
 	setlinebuf(stdout);
 	atexit(report_exit);
 
 	page_size = getpagesize();
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	__TEST_REQUIRE(pagemap_fd >= 0, "no /proc/self/pagemap");
+	split_fd = open("/sys/kernel/debug/split_huge_pages", O_WRONLY | O_CLOEXEC);
 	zero_page = find_zero_page();
 	__TEST_REQUIRE(zero_page, "pagemap has no page frame numbers, no CAP_SYS_ADMIN");
 
