@@ -130,6 +130,15 @@ outdir()
 	echo "$1${debug:+-${debug/#1/debug}}"
 }
 
+# steady ARCH...: if x86 is among them, its machines will be emulated by what loses none
+# of them. For what runs long enough to see that; it takes minutes to build.
+steady()
+{
+	[[ " $* " == *" x86 "* ]] || return 0
+	X86_QEMU=$("$top/scripts/qemu" x86)
+	export X86_QEMU
+}
+
 passed=0 failed=0 skipped=0
 
 # counted ARGUMENT...: runs the harness, and adds what it counted to passed, failed and
