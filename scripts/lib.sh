@@ -141,6 +141,17 @@ steady()
 
 passed=0 failed=0 skipped=0
 
+# keep_logs ARCH: keeps the logs of a run that failed, which the next one would replace.
+keep_logs()
+{
+	local dir
+
+	mkdir -p "$build/failed"
+	dir=$(mktemp -d "$build/failed/$(outdir "$1").XXXXXX")
+	cp "$build/$(outdir "$1")"/{ktap,console,qemu}.log "$dir" || true
+	say "logs are kept in ${dir#"$top/"}"
+}
+
 # counted ARGUMENT...: runs the harness, and adds what it counted to passed, failed and
 # skipped. If it counted nothing, or failed for what it does not count, one test has
 # failed. Returns the harness's exit status.
@@ -154,6 +165,7 @@ counted()
 	rm "$log"
 	read -r p f s <<<"${counts:-0 0 0}"
 	((status == 0 && p + s > 0 || f)) || f=1
+	((!f)) || keep_logs "$1"
 	passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 	return $status
 }

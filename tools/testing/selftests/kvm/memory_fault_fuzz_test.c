@@ -161,6 +161,9 @@ static struct fuzzed_vm {
 	u64 manual_protect;
 	/* The guest hasn't completed its command. */
 	bool pending;
+	/* Of the last exit, if KVM_RUN wasn't called again. */
+	bool exited;
+	u64 exit_gpa;
 	u64 nr_exits;
 #ifdef __x86_64__
 	struct kvm_regs regs;
@@ -873,6 +876,16 @@ static u64 rnd_gpa(int nr_pages)
 	return nr_pages > AREA_PAGES ? half : half + rnd(3 * AREA_PAGES) * page_size;
 }
 
+/* KVM_RUN may map the page that it has exited on, whatever the guest does then. */
+static void complete_exit(struct fuzzed_vm *vm)
+{
+	struct slot *slot = vm->exited ? find_slot(vm, 0, vm->exit_gpa) : NULL;
+
+	if (slot)
+		set_dirty(slot, slot_page(slot, vm->exit_gpa), MAYBE_DIRTY);
+	vm->exited = false;
+}
+
 static u32 rnd_flags(void)
 {
 	u32 flags = 0;
@@ -1454,6 +1467,7 @@ static void op_run(void)
 
 	scribble(run);
 	WRITE_ONCE(nr_sigbus, 0);
+	complete_exit(vm);
 	seen = run_vcpu(vm, gpa);
 	if (!seen)
 		return;
@@ -1474,6 +1488,8 @@ static void op_run(void)
 
 	if (seen == FAULTED) {
 		vm->nr_exits++;
+		vm->exited = true;
+		vm->exit_gpa = gpa;
 		if (run->memory_fault.flags != accesses[vm->cmd->access].flag ||
 		    run->memory_fault.gpa != gpa || run->memory_fault.size != page_size)
 			finding("memory_fault has flags 0x%llx, gpa 0x%llx, size 0x%llx",
@@ -1554,6 +1570,7 @@ static void op_interrupted(void)
 	if (signal)
 		raise(SIGUSR1);
 
+	complete_exit(vm);
 	r = __vcpu_run(vm->vcpu);
 	error = errno;
 	vm->vcpu->run->immediate_exit = false;

@@ -483,9 +483,13 @@ struct fail_env {
 
 static void fail_create_vm(struct fail_env *env)
 {
+	struct userspace_mem_region *code;
 	int i;
 
 	env->vm = vm_create_with_vcpus(env->nr_vcpus, fail_guest_code, env->vcpus);
+	/* Only the slot under test is to lack memory, no vCPU's stack. */
+	code = vm_get_mem_region(env->vm, MEM_REGION_CODE);
+	kvm_madvise(code->host_mem, code->region.memory_size, MADV_POPULATE_WRITE);
 	env->cmds = addr_gva2hva(env->vm, (gva_t)guest_cmds);
 	for (i = 0; i < env->nr_vcpus; i++) {
 		vcpu_args_set(env->vcpus[i], 1, i);
