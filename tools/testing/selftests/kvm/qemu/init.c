@@ -234,6 +234,31 @@ static void find_leaks(bool complain)
 		fputs(line, stderr);
 }
 
+/* A detector of data races that is off, or has turned itself off, finds none. */
+static void check_races(void)
+{
+	static const char path[] = "/sys/kernel/debug/kcsan";
+	bool enabled = false;
+	char line[256];
+	FILE *f;
+
+	if (access(path, F_OK))
+		return;
+
+	f = fopen(path, "re");
+	check(f, path);
+	while (fgets(line, sizeof(line), f)) {
+		line[strcspn(line, "\n")] = '\0';
+		if (!strcmp(line, "enabled: 1"))
+			enabled = true;
+		if (!strncmp(line, "setup_watchpoints:", 18) || !strncmp(line, "data_races:", 11))
+			report("# kvm-qemu: kcsan %s", line);
+	}
+	fclose(f);
+	errno = ENODEV;
+	check(enabled, path);
+}
+
 /* A line of /tests.list is "name seconds binary [argument]...". */
 static int read_tests(struct test *tests)
 {
@@ -511,6 +536,7 @@ int main(void)
 			retries++;
 	}
 	find_leaks(true);
+	check_races();
 	report(END_MARKER);
 	power_off();
 }

@@ -88,6 +88,8 @@ else
 	wait $qemu || problems+=("QEMU failed with status $?: $(tail -n 1 "$log")")
 fi
 [ "$(tail -n 1 "$ktap")" = "# kvm-qemu: end" ] || problems+=("the machine did not live to the end")
+races=$(grep -ac 'BUG: KCSAN:' "$console" || true)
+[ "$races" = 0 ] || echo "$races reports of data races; those of other functions don't count"
 found=$(complaint)
 [ -z "$found" ] || problems+=("the kernel complained: $found")
 
