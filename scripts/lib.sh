@@ -92,13 +92,13 @@ need()
 }
 
 # own_apt DIR SUITE ELSE [OPTION]...: sets the array apt to options that make
-# apt-get use SUITE of the machine's mirror, with lists and cache in DIR, so that
-# the machine's own configuration is neither used nor changed. ELSE is the advice
-# for those who can't. The variable types can be "deb deb-src"; OPTION is more for
-# apt-get.
+# apt-get use SUITE, and what it is backports for, of the machine's mirror, with lists
+# and cache in DIR, so that the machine's own configuration is neither used nor
+# changed. ELSE is the advice for those who can't. The variable types can be "deb
+# deb-src"; OPTION is more for apt-get.
 own_apt()
 {
-	local dir=$1 suite=$2 else=$3 mirror type
+	local dir=$1 suite=$2 else=$3 mirror type s
 
 	shift 3
 
@@ -110,7 +110,9 @@ own_apt()
 
 	mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
 	for type in ${types:-deb}; do
-		echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+		for s in $(printf '%s\n' "$suite" "${suite%-backports}" | uniq); do
+			echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $s main"
+		done
 	done >"$dir/sources.list"
 	# What is installed here is none of its business, e.g. a version that SUITE lacks.
 	: >"$dir/status"
@@ -130,16 +132,7 @@ outdir()
 	echo "$1${debug:+-${debug/#1/debug}}"
 }
 
-# steady ARCH...: if x86 is among them, its machines will be emulated by what loses none
-# of them. For what runs long enough to see that; it takes minutes to build.
-steady()
-{
-	[[ " $* " == *" x86 "* ]] || return 0
-	X86_QEMU=$("$top/scripts/qemu" x86)
-	export X86_QEMU
-}
-
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 failures=()
 
 # keep_logs ARCH: keeps the logs of a run that failed, which the next one would replace.
 keep_logs()
@@ -153,8 +146,8 @@ keep_logs()
 }
 
 # counted ARGUMENT...: runs the harness, and adds what it counted to passed, failed and
-# skipped. If it counted nothing, or failed for what it does not count, one test has
-# failed. Returns the harness's exit status.
+# skipped, and what it says of what failed to failures. If it counted nothing, or failed
+# for what it does not count, one test has failed. Returns the harness's exit status.
 counted()
 {
 	local log status=0 counts p f s
@@ -162,6 +155,7 @@ counted()
 	log=$(mktemp "$build/run.XXXXXX")
 	"$top/scripts/harness" "$@" 2>&1 </dev/null | tee "$log" || status=$?
 	counts=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$log" | tail -n 1 | tr -dc '0-9 ' || true)
+	mapfile -t -O ${#failures[@]} failures < <(sed -n "s/^failed[ :]/$1: &/p" "$log")
 	rm "$log"
 	read -r p f s <<<"${counts:-0 0 0}"
 	((status == 0 && p + s > 0 || f)) || f=1

@@ -54,7 +54,10 @@ def measure(arch):
     """By memory and way, instructions a page by function: the difference of two boots."""
     directory = f"{BUILD}/bench/{arch}-profile"
     os.makedirs(directory, exist_ok=True)
-    qemu = {"x86": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[arch]
+    # The machine's own, not what scripts/qemu finds: the API of 11 is another one.
+    package, qemu = {"x86": ("qemu-system-x86", "qemu-system-x86_64"),
+                     "arm64": ("qemu-system-arm", "qemu-system-aarch64")}[arch]
+    subprocess.run(["bash", "-c", f". {TOP}/scripts/lib.sh; need {package}"], check=True)
     so, result = plugin(directory, qemu), {}
     for memory, ways in MODES.items():
         for way in ways:
