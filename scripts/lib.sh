@@ -91,14 +91,14 @@ need()
 	unlock packages
 }
 
-# own_apt DIR SUITE ELSE [OPTION]...: sets the array apt to options that make
-# apt-get use SUITE, and what it is backports for, of the machine's mirror, with lists
-# and cache in DIR, so that the machine's own configuration is neither used nor
-# changed. ELSE is the advice for those who can't. The variable types can be "deb
-# deb-src"; OPTION is more for apt-get.
+# own_apt DIR SUITES ELSE [OPTION]...: sets the array apt to options that make
+# apt-get use one or more suites of the machine's mirror, with lists and cache in DIR,
+# so that the machine's own configuration is neither used nor changed. ELSE is the
+# advice for those who can't. The variable types can be "deb deb-src"; OPTION is more
+# for apt-get.
 own_apt()
 {
-	local dir=$1 suite=$2 else=$3 mirror type s
+	local dir=$1 suites=$2 else=$3 mirror type suite
 
 	shift 3
 
@@ -110,11 +110,11 @@ own_apt()
 
 	mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
 	for type in ${types:-deb}; do
-		for s in $(printf '%s\n' "$suite" "${suite%-backports}" | uniq); do
-			echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $s main"
+		for suite in $suites; do
+			echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
 		done
 	done >"$dir/sources.list"
-	# What is installed here is none of its business, e.g. a version that SUITE lacks.
+	# What is installed here is none of its business, e.g. a version that a suite lacks.
 	: >"$dir/status"
 	apt=(-o "Dir::Etc::sourcelist=$dir/sources.list"
 		-o Dir::Etc::sourceparts=/dev/null -o "Dir::State::status=$dir/status"
