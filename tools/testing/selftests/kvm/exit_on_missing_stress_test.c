@@ -51,9 +51,10 @@
 #define TEST_GPA		0xc0000000ul
 #define TEST_GVA		TEST_GPA
 
-/* Another slot, which no vCPU accesses. */
+/* Another slot, above or below, which no vCPU accesses. */
 #define OTHER_SLOT		(TEST_SLOT + 1)
-#define OTHER_GPA		(TEST_GPA + SZ_1G)
+#define OTHER_GPA_ABOVE		(TEST_GPA + SZ_1G)
+#define OTHER_GPA_BELOW		(TEST_GPA - SZ_1G)
 #define OTHER_SIZE		SZ_64M
 
 #define MAX_VCPUS		4
@@ -1857,9 +1858,9 @@ static bool inject_recreate(struct injector_thread *t)
 	return total_mmio(env) > nr_mmio;
 }
 
-static void set_other_slot(struct env *env, u64 size)
+static void set_other_slot(struct env *env, gpa_t gpa, u64 size)
 {
-	vm_set_user_memory_region(env->vm, OTHER_SLOT, KVM_MEM_EXIT_ON_MISSING, OTHER_GPA,
+	vm_set_user_memory_region(env->vm, OTHER_SLOT, KVM_MEM_EXIT_ON_MISSING, gpa,
 				  size, env->other);
 }
 
@@ -1879,26 +1880,28 @@ static void *protect_other_fn(void *arg)
 
 /*
  * Create or delete a slot while its memory is being invalidated.  KVM must not see
- * only the beginning, or only the end, or faults will be retried for good.
+ * only the beginning, or only the end, or faults will be retried for good.  Nor must
+ * it forget, at the beginning, another invalidation above or below.
  */
 static bool inject_other(struct injector_thread *t)
 {
 	struct env *env = t->env;
+	gpa_t gpa = kvm_random_bool(&t->rng) ? OTHER_GPA_ABOVE : OTHER_GPA_BELOW;
 	bool create = kvm_random_bool(&t->rng);
 	u64 seq = atomic_load(&env->other_seq);
 	pthread_t thread;
 	bool met;
 
 	if (create)
-		set_other_slot(env, 0);
+		set_other_slot(env, gpa, 0);
 	kvm_pthread_create(&thread, NULL, protect_other_fn, env);
 	while (atomic_load(&env->other_seq) == seq)
 		sched_yield();
 	met = atomic_load(&env->other_seq) % 2;
-	set_other_slot(env, create ? OTHER_SIZE : 0);
+	set_other_slot(env, gpa, create ? OTHER_SIZE : 0);
 	kvm_pthread_join(thread, NULL);
 	if (!create)
-		set_other_slot(env, OTHER_SIZE);
+		set_other_slot(env, gpa, OTHER_SIZE);
 	return met;
 }
 
@@ -2155,7 +2158,7 @@ static const char *env_create(struct env *env)
 		vm_enable_cap(env->vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, env->manual_caps);
 
 	set_slot_flags(env, KVM_MEM_EXIT_ON_MISSING);
-	set_other_slot(env, OTHER_SIZE);
+	set_other_slot(env, OTHER_GPA_ABOVE, OTHER_SIZE);
 	virt_map(env->vm, TEST_GVA, TEST_GPA, env->size / env->vm->page_size);
 
 	for (i = 0; i < env->nr_vcpus; i++) {
