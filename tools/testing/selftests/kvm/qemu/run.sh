@@ -25,9 +25,11 @@ ours+='|user_mem_abort|commit_memory_region|slot_apply_flags|check_memory_region
 ours+='|ioctl_enable_cap_generic|kvm_hva_is_missing|hva_is_unmapped|complete_missing_page'
 ours+='|mmu_invalidate_retry_missing|async_page_ready|nested_svm_vmrun|pkvm_mem_abort|gmem_abort'
 
-# Whatever the function does on behalf of memory-fault exits: without mmu_lock, it looks
-# at the count and the range of invalidations, only to look again with mmu_lock.
-known='kvm_mmu_faultin_pfn / kvm_mmu_(invalidate_end|notifier_invalidate_range_start)$'
+# Races that are there without memory-fault exits, too: without mmu_lock, a look at the
+# count and the range of invalidations, before another one with mmu_lock; the end of an
+# update of memslots.
+known='(kvm_mmu_faultin_pfn / kvm_mmu_(invalidate_end|notifier_invalidate_range_start)'
+known+='|kvm_swap_active_memslots / kvm_vcpu_gfn_to_memslot)$'
 
 # The first complaint on the console, but for data races that KCSAN found in other
 # functions, and for how it came that memory is short, which tests do on purpose.
