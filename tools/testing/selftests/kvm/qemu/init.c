@@ -429,6 +429,45 @@ static void report_lock_stat(const char *name)
 		fclose(f);
 }
 
+/* Where in the kernel each thread of a test is that has run out of time. */
+static void report_threads(void)
+{
+	char path[300], line[256], where[100], state, frame[64];
+	glob_t tasks;
+	FILE *f;
+
+	if (glob("/proc/[0-9]*/task/[0-9]*", 0, NULL, &tasks))
+		return;
+	for (size_t i = 0; i < tasks.gl_pathc; i++) {
+		/* Kernel threads have none. */
+		snprintf(path, sizeof(path), "%s/exe", tasks.gl_pathv[i]);
+		if (readlink(path, line, sizeof(line)) < 0 ||
+		    !strncmp(tasks.gl_pathv[i], "/proc/1/", 8))
+			continue;
+
+		snprintf(path, sizeof(path), "%s/stat", tasks.gl_pathv[i]);
+		f = fopen(path, "re");
+		state = '?';
+		if (f && fscanf(f, "%*d (%*[^)]) %c", &state) != 1)
+			state = '?';
+		if (f)
+			fclose(f);
+
+		snprintf(path, sizeof(path), "%s/stack", tasks.gl_pathv[i]);
+		f = fopen(path, "re");
+		where[0] = 0;
+		while (f && fgets(line, sizeof(line), f)) {
+			if (sscanf(line, "[<%*[^>]>] %63[^+\n]", frame) == 1 &&
+			    strlen(where) + strlen(frame) + 2 < sizeof(where))
+				sprintf(where + strlen(where), " %s", frame);
+		}
+		if (f)
+			fclose(f);
+		report("# thread %s %c%s", tasks.gl_pathv[i] + strlen("/proc/"), state, where);
+	}
+	globfree(&tasks);
+}
+
 /* Returns false, without a result, if the test is to be run once more. */
 static bool run_test(struct test *t, int nr, bool may_retry)
 {
@@ -462,6 +501,7 @@ static bool run_test(struct test *t, int nr, bool may_retry)
 				power_off();
 			}
 			timed_out = true;
+			report_threads();
 			deadline = now() + KILL_SECONDS;
 			kill(-pid, SIGKILL);
 			continue;
