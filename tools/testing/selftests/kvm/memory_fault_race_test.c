@@ -448,6 +448,12 @@ static void zero_page(struct env *env, size_t offset)
 
 	TEST_ASSERT(!r || errno == EEXIST || errno == EAGAIN || errno == EBADF,
 		    __KVM_SYSCALL_ERROR("UFFDIO_ZEROPAGE", r));
+
+	/* Who sleeps on the page isn't woken then, and has to look again. */
+	if (r && errno != EBADF) {
+		r = ioctl(env->uffd, UFFDIO_WAKE, &zeropage.range);
+		TEST_ASSERT(!r || errno == EBADF, __KVM_SYSCALL_ERROR("UFFDIO_WAKE", r));
+	}
 }
 
 static void *teardown_vcpu_fn(void *arg)
