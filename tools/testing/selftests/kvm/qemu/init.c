@@ -457,9 +457,11 @@ static void report_threads(void)
 		f = fopen(path, "re");
 		where[0] = 0;
 		while (f && fgets(line, sizeof(line), f)) {
-			if (sscanf(line, "[<%*[^>]>] %63[^+\n]", frame) == 1 &&
-			    strlen(where) + strlen(frame) + 2 < sizeof(where))
-				sprintf(where + strlen(where), " %s", frame);
+			if (sscanf(line, "[<%*[^>]>] %63[^+\n]", frame) != 1)
+				continue;
+			if (strlen(where) + strlen(frame) + 2 > sizeof(where))
+				break;
+			sprintf(where + strlen(where), " %s", frame);
 		}
 		if (f)
 			fclose(f);
