@@ -424,8 +424,8 @@ TEST(enable_cap)
 
 /*
  * While the flag changes, an access to a missing page exits, with all that there is
- * to say about it, or KVM provides the page.  That a vCPU goes by one value for the
- * access, and by another for the exit, would end as a bare exit.
+ * to say about it, or KVM provides the page.  A vCPU that goes by one value of the
+ * flag for the access, and by another for the exit, would end with a bare exit.
  */
 #define FLAG_NR_TOGGLES		1000
 #define FLAG_NR_EXITS		100
