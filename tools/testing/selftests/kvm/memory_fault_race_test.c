@@ -523,7 +523,10 @@ static void zero_page(struct env *env, size_t offset)
 	TEST_ASSERT(!r || errno == EEXIST || errno == EAGAIN || errno == EBADF,
 		    __KVM_SYSCALL_ERROR("UFFDIO_ZEROPAGE", r));
 
-	/* Who sleeps on the page isn't woken then, and has to look again. */
+	/*
+	 * While a write replaces the page of zeroes, its PTE is none for a moment.  A
+	 * vCPU that faults then sleeps although the page is there: nobody else wakes it.
+	 */
 	if (r && errno != EBADF) {
 		r = ioctl(env->uffd, UFFDIO_WAKE, &zeropage.range);
 		TEST_ASSERT(!r || errno == EBADF, __KVM_SYSCALL_ERROR("UFFDIO_WAKE", r));
