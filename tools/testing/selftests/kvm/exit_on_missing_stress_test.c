@@ -81,6 +81,7 @@
 #define MAX_ACTIONS		500
 
 #define NAP_US			500
+#define WAIT_US			20000
 #define PACE_US			2000
 #define PACE_ACCESSES		32
 
@@ -140,9 +141,9 @@ static struct shared {
 	 * For each word, what its writer expects, drop_end before, and
 	 * drop_begin after it wrote it.
 	 */
-	u64 expected[MAX_VCPUS][NR_PAGES];
-	u64 before[MAX_VCPUS][NR_PAGES];
-	u64 after[MAX_VCPUS][NR_PAGES];
+	u64 expected[MAX_VCPUS + 1][NR_PAGES];
+	u64 before[MAX_VCPUS + 1][NR_PAGES];
+	u64 after[MAX_VCPUS + 1][NR_PAGES];
 } shared;
 
 /*
@@ -198,8 +199,9 @@ static void guest_write(u64 id, int page, u64 val)
 #endif
 	order_accesses();
 	WRITE_ONCE(shared.done[id][page], val);
-	shared.after[id][page] = READ_ONCE(shared.drop_begin[page]);
-	shared.expected[id][page] = val;
+	WRITE_ONCE(shared.after[id][page], READ_ONCE(shared.drop_begin[page]));
+	order_accesses();
+	WRITE_ONCE(shared.expected[id][page], val);
 	order_accesses();
 	WRITE_ONCE(shared.before[id][page], before);
 }
@@ -230,8 +232,15 @@ static void guest_read_own(u64 id, int page)
 
 static void guest_read_other(u64 id, int page, int writer)
 {
-	u64 before, min, max, val;
+	u64 zapped = READ_ONCE(shared.zap_end[page]);
+	u64 before, after, expected, min, max, val;
 
+	order_accesses();
+	/* This is about the write of expected, or a later one. */
+	expected = READ_ONCE(shared.expected[writer][page]);
+	order_accesses();
+	after = READ_ONCE(shared.after[writer][page]);
+	order_accesses();
 	/* This is about the write of min, or an earlier one, but not a later one. */
 	before = READ_ONCE(shared.before[writer][page]);
 	order_accesses();
@@ -247,6 +256,9 @@ static void guest_read_other(u64 id, int page, int writer)
 	__GUEST_ASSERT(val >= min && val <= max,
 		       "vCPU %lu read 0x%lx in page %d, writer %d wrote 0x%lx to 0x%lx",
 		       id, val, page, writer, min, max);
+	__GUEST_ASSERT(!val || val != expected || zapped <= after,
+		       "vCPU %lu read 0x%lx in page %d, zapped by drop %lu, writer %d wrote it before %lu",
+		       id, val, page, zapped, writer, after + 1);
 }
 
 static void guest_exec(u64 id, int page)
@@ -823,9 +835,13 @@ static bool populate_probe(struct env *env)
 
 	pthread_mutex_lock(&env->hold_mutex);
 	closed = env->probe_closed;
-	if (!closed && !uffd_provide(env, env->main_size, true) &&
-	    env->mode->uffd_mode != UFFDIO_REGISTER_MODE_MISSING)
-		madvise(env->hva + env->main_size, env->page_size, MADV_POPULATE_READ);
+	if (!closed && !uffd_provide(env, env->main_size, true)) {
+		if (env->mode->uffd_mode == UFFDIO_REGISTER_MODE_MINOR)
+			/* Have a page in the file, for the next try. */
+			(void)READ_ONCE(*(u64 *)(env->alias + env->main_size));
+		else if (env->mode->uffd_mode != UFFDIO_REGISTER_MODE_MISSING)
+			madvise(env->hva + env->main_size, env->page_size, MADV_POPULATE_READ);
+	}
 	pthread_mutex_unlock(&env->hold_mutex);
 	return !closed;
 }
@@ -1012,7 +1028,7 @@ static void handle_fault(struct vcpu_thread *v, int err, const struct snapshot *
 	v->inject_seq = atomic_load(&env->inject_seq);
 	v->populated = populate(v, offset, sv->flags & KVM_MEMORY_EXIT_FLAG_WRITE);
 	if (!v->populated)
-		sched_yield();
+		nap();
 }
 
 /* Without a slot, userspace owns the memory, and can access it for the guest. */
@@ -1780,6 +1796,7 @@ static bool inject_mremap(struct injector_thread *t)
 {
 	struct env *env = t->env;
 	void *elsewhere = TEST_HVA_ELSEWHERE;
+	struct frozen frozen;
 	bool mapped;
 
 	unmappable_begin(env);
@@ -1791,8 +1808,11 @@ static bool inject_mremap(struct injector_thread *t)
 		move_memory(env, env->hva, elsewhere, MREMAP_DONTUNMAP);
 		kvm_munmap(elsewhere, env->main_size);
 	} else {
+		freeze_prepare(env, &frozen, GENMASK_ULL(NR_PAGES - 1, 0));
 		move_memory(env, env->hva, elsewhere, 0);
+		freeze_begin(env, &frozen);
 		freeze_wait(t);
+		freeze_end(env, &frozen, "mremap()", false);
 		move_memory(env, elsewhere, env->hva, 0);
 	}
 	unmappable_end(env);
@@ -2019,11 +2039,26 @@ static const struct injector {
 	[PREFAULT]	= { "prefault", inject_prefault, needs_prefault },
 };
 
+/*
+ * Preempt vCPU threads anywhere, not only where the kernel would let a thread of
+ * the same class go on, and don't let them continue before the memory is frozen.
+ * It takes a privilege, and only makes races likelier.
+ */
+static void outrank_vcpus(void)
+{
+	const struct sched_param param = { .sched_priority = 1 };
+
+	pthread_setschedparam(pthread_self(), SCHED_FIFO, &param);
+}
+
 static void *injector_fn(void *arg)
 {
 	struct injector_thread *t = arg;
 	struct env *env = t->env;
 	u64 unmaps = BIT(t->injector - injectors) & UNMAPS;
+
+	if (t->injector == &injectors[MPROTECT])
+		outrank_vcpus();
 
 	while (!atomic_load(&env->stop)) {
 		if (unmaps) {
@@ -2197,14 +2232,6 @@ static void env_destroy(struct env *env)
 		kvm_munmap(env->other, OTHER_SIZE);
 }
 
-static time_t uptime(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec;
-}
-
 /* Whether all kinds of accesses have exited, as far as that can be relied on. */
 static bool all_kinds_exited(struct env *env)
 {
@@ -2221,30 +2248,31 @@ static bool all_kinds_exited(struct env *env)
 	return true;
 }
 
-/* Wait until each vCPU and each injector has done its part. */
+/*
+ * Wait until each vCPU and each injector has done its part.  Time is what this
+ * thread has slept, as the whole machine may stand still at times.
+ */
 static void wait_until_done(struct env *env, struct injector_thread *threads)
 {
-	time_t start = uptime(), since[MAX_VCPUS];
-	u64 nr, last[MAX_VCPUS] = {};
+	u64 nr, last[MAX_VCPUS] = {}, since[MAX_VCPUS] = {};
+	u64 nr_naps = 0, max_naps = env->max_seconds * (1000000 / WAIT_US);
 	bool done = false, late;
 	int i;
 
-	for (i = 0; i < env->nr_vcpus; i++)
-		since[i] = start;
-
 	while (!done) {
-		usleep(20000);
-		late = uptime() >= start + env->max_seconds;
-		done = all_kinds_exited(env) || late;
+		usleep(WAIT_US);
+		late = ++nr_naps >= max_naps;
+		done = all_kinds_exited(env) ||
+		       (READ_ONCE(threads[UNMAP].nr_acted) >= MAX_ACTIONS && late);
 
 		for (i = 0; i < env->nr_vcpus; i++) {
 			nr = READ_ONCE(env->shared->vcpus[i].nr_accesses);
 			done &= nr >= env->nr_accesses;
 			if (nr != last[i]) {
 				last[i] = nr;
-				since[i] = uptime();
+				since[i] = nr_naps;
 			}
-			TEST_ASSERT(uptime() < since[i] + env->max_seconds,
+			TEST_ASSERT(nr_naps < since[i] + max_naps,
 				    "vCPU %d: no progress at 0x%lx, flags 0x%lx, %lu signals",
 				    i, env->shared->vcpus[i].gva, env->shared->vcpus[i].flags,
 				    env->vcpus[i].nr_signals);

@@ -459,7 +459,7 @@ static void assert_no_uffd_msg(struct env *env)
 	TEST_ASSERT(!r, "userfaultfd has a message, poll() = %d, revents 0x%x", r, pollfd.revents);
 }
 
-static const char *env_setup_uffd(struct env *env, const struct env_config *config)
+static const char *env_register_uffd(struct env *env, const struct env_config *config)
 {
 	struct uffdio_api api = {
 		.api = UFFD_API,
@@ -490,6 +490,15 @@ static const char *env_setup_uffd(struct env *env, const struct env_config *conf
 	if (r == EINVAL)
 		return "userfaultfd does not support the memory";
 	TEST_ASSERT(!r, "UFFDIO_REGISTER failed, errno = %d (%s)", r, strerror(r));
+	return NULL;
+}
+
+static const char *env_setup_uffd(struct env *env, const struct env_config *config)
+{
+	const char *reason = env_register_uffd(env, config);
+
+	if (reason)
+		return reason;
 
 	env->stop_fd = eventfd(0, EFD_CLOEXEC);
 	TEST_ASSERT(env->stop_fd >= 0, __KVM_SYSCALL_ERROR("eventfd()", env->stop_fd));
@@ -1088,6 +1097,65 @@ TEST_F(exit_on_missing, collapse)
 		SKIP(return, "no MADV_COLLAPSE, or no huge page for it");
 }
 
+struct drop {
+	void *mem;
+	size_t size;
+};
+
+static void *drop_fn(void *arg)
+{
+	struct drop *drop = arg;
+
+	kvm_madvise(drop->mem, drop->size, MADV_DONTNEED);
+	return NULL;
+}
+
+static bool is_resident(void *page)
+{
+	u8 vec;
+	int r = mincore(page, host_page_size(), &vec);
+
+	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("mincore()", r));
+	return vec & 1;
+}
+
+/*
+ * While memory is being invalidated, a page that isn't found may be back soon, thus
+ * KVM retries, and doesn't exit before the end.  To make that last, drop much more
+ * memory than the slot has.  What is last in it is dropped last, i.e. as long as it
+ * is there, no exit may have been.
+ */
+TEST_F(exit_on_missing, invalidation)
+{
+	struct drop drop = { .size = SZ_256M };
+	struct env_config config = { .backing = BACKING_EXTERNAL };
+	struct env *env = &self->env;
+	void *last_page;
+	pthread_t thread;
+	int i;
+
+	drop.mem = kvm_mmap(drop.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	madvise(drop.mem, drop.size, MADV_NOHUGEPAGE);
+	last_page = drop.mem + drop.size - host_page_size();
+
+	config.hva = drop.mem;
+	config.size = TEST_NR_PAGES * host_page_size();
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+
+	for (i = 0; i < 10; i++) {
+		/* Zero pages, i.e. no memory to speak of. */
+		kvm_madvise(drop.mem, drop.size, MADV_POPULATE_READ);
+		guest_read(env, 0, 0);
+
+		kvm_pthread_create(&thread, NULL, drop_fn, &drop);
+		do {
+			set_access(env, GUEST_READ, 0, 1);
+		} while (vcpu_try_access(env, env->vcpu));
+		TEST_ASSERT(!is_resident(last_page), "Exit %d, before the invalidation's end", i);
+		kvm_pthread_join(thread, NULL);
+	}
+}
+
 /* Expect the given pages, in ascending order, and no other page to be dirty. */
 static void expect_dirty(struct env *env, const int *pages, int nr)
 {
@@ -1637,25 +1705,32 @@ static time_t cpu_seconds(void)
 }
 
 /*
+ * Return NULL, or the reason to skip the test.
+ *
  * A page with a NUMA hint is there: a read doesn't exit, as MADV_POPULATE_READ would
  * leave the hint alone.  A write does.  It is up to the scheduler when hints appear;
- * it gives none to pages of the own node while a process has one thread only.
+ * it gives none to pages of the own node while a process has one thread only.  The
+ * slot is as large as a huge page, for KVM to look at the size of the host's mapping.
  */
-TEST_F(exit_on_missing, numa_hint)
+static const char *try_numa_hints(struct env *env, bool huge)
 {
-	const struct env_config config = { .backing = BACKING_ANON, .nr_vcpus = 2 };
-	struct env *env = &self->env;
+	const struct env_config config = { .backing = BACKING_THP, .nr_vcpus = 2 };
 	struct kvm_vcpu *reader;
 	int nr_hints, page = 0;
+	const char *reason;
 	pthread_t idle;
 	time_t start;
 	u64 gva;
 
 	if (!is_multi_numa_node_system() || !is_numa_balancing_enabled())
-		SKIP(return, "no NUMA balancing");
+		return "no NUMA balancing";
 
 	set_mempolicy(MPOL_DEFAULT, NULL, 0);
-	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+	reason = env_create(env, &config);
+	if (reason)
+		return reason;
+	if (!huge)
+		madvise(env->hva, env->size, MADV_NOHUGEPAGE);
 	reader = env->vcpus[1];
 	do_populate_all(env, populate_write);
 	kvm_pthread_create(&idle, NULL, idle_fn, NULL);
@@ -1664,7 +1739,7 @@ TEST_F(exit_on_missing, numa_hint)
 		start = cpu_seconds();
 		do {
 			if (cpu_seconds() - start > 60)
-				SKIP(return, "no NUMA hint in a minute of CPU time");
+				return "no NUMA hint in a minute of CPU time";
 			page = (page + 1) % TEST_NR_PAGES;
 			set_access(env, GUEST_WRITE, page, page_content(page));
 		} while (vcpu_try_access(env, env->vcpu));
@@ -1682,6 +1757,23 @@ TEST_F(exit_on_missing, numa_hint)
 	}
 
 	kvm_pthread_cancel_join(idle);
+	return NULL;
+}
+
+TEST_F(exit_on_missing, numa_hint)
+{
+	const char *reason = try_numa_hints(&self->env, false);
+
+	if (reason)
+		SKIP(return, "%s", reason);
+}
+
+TEST_F(exit_on_missing, numa_hint_huge)
+{
+	const char *reason = try_numa_hints(&self->env, true);
+
+	if (reason)
+		SKIP(return, "%s", reason);
 }
 
 /*
@@ -2051,8 +2143,33 @@ TEST_F(poison, read_write_fetch)
 	}
 }
 
+static void signal_handler(int sig)
+{
+}
+
+static void set_timer(int usec)
+{
+	struct itimerval timer = { { 0, usec }, { 0, usec } };
+
+	TEST_ASSERT(!setitimer(ITIMER_REAL, &timer, NULL), "setitimer(), errno = %d", errno);
+}
+
+/* Interrupt whatever sleeps, again and again. */
+static void start_signals(void)
+{
+	const struct sigaction sa = { .sa_handler = signal_handler };
+
+	TEST_ASSERT(!sigaction(SIGALRM, &sa, NULL), "sigaction(), errno = %d", errno);
+	set_timer(100000);
+}
+
+static void stop_signals(void)
+{
+	set_timer(0);
+}
+
 /* Call KVM_PRE_FAULT_MEMORY, and verify that it doesn't touch kvm_run. */
-static int pre_fault(struct kvm_vcpu *vcpu, struct kvm_pre_fault_memory *range)
+static int try_pre_fault(struct kvm_vcpu *vcpu, struct kvm_pre_fault_memory *range)
 {
 	struct kvm_run *saved;
 	int r, err;
@@ -2061,15 +2178,23 @@ static int pre_fault(struct kvm_vcpu *vcpu, struct kvm_pre_fault_memory *range)
 	TEST_ASSERT(saved, "malloc() failed");
 	memcpy(saved, vcpu->run, sizeof(*saved));
 
-	do {
-		r = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, range);
-		err = r ? errno : 0;
-	} while (err == EINTR);
+	r = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, range);
+	err = r ? errno : 0;
 
 	TEST_ASSERT(!memcmp(saved, vcpu->run, sizeof(*saved)),
 		    "kvm_run has changed, exit_reason 0x%x, was 0x%x",
 		    vcpu->run->exit_reason, saved->exit_reason);
 	free(saved);
+	return err;
+}
+
+static int pre_fault(struct kvm_vcpu *vcpu, struct kvm_pre_fault_memory *range)
+{
+	int err;
+
+	do {
+		err = try_pre_fault(vcpu, range);
+	} while (err == EINTR);
 	return err;
 }
 
@@ -2154,6 +2279,38 @@ TEST_F(exit_on_missing, pre_fault_in_mmio)
 
 	expect_done(env);
 	TEST_ASSERT_EQ(env->cmds[0].val, val);
+}
+
+/* The same if a signal arrives while it sleeps on userfaultfd.  Nobody answers. */
+TEST_F(exit_on_missing, pre_fault_interrupted)
+{
+	const struct env_config config = {
+		.backing = BACKING_ANON,
+	};
+	struct kvm_pre_fault_memory range = {
+		.gpa = TEST_GPA,
+		.size = host_page_size(),
+	};
+	struct env *env = &self->env;
+	int r;
+
+	TEST_ASSERT(!env_create(env, &config), "Unexpected skip");
+	if (!vm_check_cap(env->vm, KVM_CAP_PRE_FAULT_MEMORY))
+		SKIP(return, "no KVM_PRE_FAULT_MEMORY");
+
+	set_slot_flag(env, false, false);
+	TEST_ASSERT(!env_register_uffd(env, &anon_config), "Unexpected skip");
+
+	start_signals();
+	r = try_pre_fault(env->vcpu, &range);
+	TEST_ASSERT(r == EINTR, "KVM_PRE_FAULT_MEMORY: errno = %d, expected EINTR", r);
+	stop_signals();
+	TEST_ASSERT_EQ(vcpu_get_stat(env->vcpu, signal_exits), 0);
+
+	close(env->uffd);
+	env->uffd = -1;
+	r = pre_fault(env->vcpu, &range);
+	TEST_ASSERT(!r, "KVM_PRE_FAULT_MEMORY: errno = %d", r);
 }
 
 #ifdef __x86_64__
@@ -2376,17 +2533,12 @@ TEST_F(exit_on_missing, completion)
 		    "The page was faulted in ahead of the guest");
 }
 
-static void sigalrm_handler(int sig)
-{
-}
-
 /*
  * A vCPU that is initialized again has nothing to complete: nobody has written to
  * the page.  It's powered off, i.e. KVM_RUN does nothing until a signal arrives.
  */
 TEST_F(exit_on_missing, completion_init)
 {
-	struct itimerval timer = { { 0, 100000 }, { 0, 100000 } };
 	struct env_config config = anon_config;
 	struct env *env = &self->env;
 	struct kvm_mp_state mp_state;
@@ -2410,11 +2562,9 @@ TEST_F(exit_on_missing, completion_init)
 	init.features[0] |= BIT(KVM_ARM_VCPU_POWER_OFF);
 	vcpu_ioctl(env->vcpu, KVM_ARM_VCPU_INIT, &init);
 
-	signal(SIGALRM, sigalrm_handler);
-	TEST_ASSERT(!setitimer(ITIMER_REAL, &timer, NULL), "setitimer() failed");
+	start_signals();
 	TEST_ASSERT(__vcpu_run(env->vcpu) == -1 && errno == EINTR, "No signal has arrived");
-	memset(&timer, 0, sizeof(timer));
-	setitimer(ITIMER_REAL, &timer, NULL);
+	stop_signals();
 	vcpu_mp_state_get(env->vcpu, &mp_state);
 	TEST_ASSERT_EQ(mp_state.mp_state, KVM_MP_STATE_STOPPED);
 	expect_dirty(env, NULL, 0);

@@ -459,14 +459,30 @@ FIXTURE_TEARDOWN(hole)
 	env_destroy(&self->env);
 }
 
+/* On x86, KVM lets a vCPU that can be interrupted wait for a page, if that helps. */
+static void set_interruptible(struct kvm_vcpu *vcpu, bool interruptible)
+{
+#ifdef __x86_64__
+	struct kvm_regs regs;
+
+	vcpu_regs_get(vcpu, &regs);
+	regs.rflags &= ~X86_EFLAGS_IF;
+	if (interruptible)
+		regs.rflags |= X86_EFLAGS_IF;
+	vcpu_regs_set(vcpu, &regs);
+#endif
+}
+
 static void test_hole(struct env *env, const struct hole *hole, enum guest_op op)
 {
 	bool fails = op == GUEST_WRITE || !hole->readable;
-	int page = op, cap, i;
+	int page = op, round, cap, i;
 
-	for (cap = 0; cap < 2; cap++) {
+	for (round = 0; round < 4; round++) {
+		cap = round / 2;
 		if (cap)
 			enable_cap(env);
+		set_interruptible(env->vcpu, round % 2);
 
 		/* Let the guest map the page, in order that it has to be unmapped. */
 		hole->make(env, page);

@@ -904,7 +904,7 @@ static void fail_finish_access(struct fail_env *env, struct kvm_vcpu *vcpu, u64 
 	TEST_ASSERT_EQ(cmd->val, val);
 }
 
-/* What the guest has read or written is in memory, and in the dirty log. */
+/* What the guest has written is in memory, and in the dirty log. */
 static void fail_check_access(struct fail_env *env, struct kvm_vcpu *vcpu, u32 slot_flags,
 			      u64 val)
 {
@@ -941,6 +941,8 @@ TEST_F(fail_vcpu, run)
 			fail_expect(env, vcpu, REPORTED);
 		if (outcome != DONE)
 			fail_finish_access(env, vcpu, nth);
+		else if (!variant->write)
+			TEST_ASSERT_EQ(env->cmds[vcpu->id].val, variant->present ? nth : 0);
 		fail_check_access(env, vcpu, variant->slot_flags, nth);
 	}
 

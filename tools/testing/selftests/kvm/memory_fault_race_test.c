@@ -659,6 +659,8 @@ static void teardown_child(struct progress *progress)
 	/* Don't outlive a parent that fails. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	TEST_ASSERT(!cgroup || !cg_enter_current(cgroup), "Can't enter %s", cgroup);
+	/* The parent's, which an exit of the child must not destroy. */
+	cgroup = NULL;
 
 	install_signal_handler();
 	env_create(env, TEARDOWN_NR_VCPUS);
@@ -688,6 +690,18 @@ static void teardown_child(struct progress *progress)
 		kvm_pthread_join(threads[i], NULL);
 	}
 	_exit(0);
+}
+
+/* PROC_PID_INIT_INO */
+#define INIT_PID_NS		"pid:[4026531836]"
+
+/* Some of what the kernel says of a process has the ID that it has there. */
+static bool in_first_pid_namespace(void)
+{
+	char pid_ns[32] = {};
+
+	return readlink("/proc/self/ns/pid", pid_ns, sizeof(pid_ns) - 1) <= 0 ||
+	       !strcmp(pid_ns, INIT_PID_NS);
 }
 
 /* As long as a VM lives, debugfs has a directory PID-FD for it. */
@@ -771,7 +785,7 @@ FIXTURE_VARIANT_ADD(teardown, closed_asleep) {
 
 FIXTURE_SETUP(teardown)
 {
-	self->have_debugfs = !access(KVM_DEBUGFS, R_OK);
+	self->have_debugfs = in_first_pid_namespace() && !access(KVM_DEBUGFS, R_OK);
 	create_cgroup();
 	pr_info("debugfs %s VMs, a memory cgroup %s page tables\n",
 		self->have_debugfs ? "counts" : "doesn't count",
@@ -867,9 +881,6 @@ FIXTURE(async_pf) {
 	struct async_pf apf;
 };
 
-/* PROC_PID_INIT_INO */
-#define INIT_PID_NS		"pid:[4026531836]"
-
 static u64 page_content(int page)
 {
 	return 0xabcd0000 + page;
@@ -886,14 +897,12 @@ FIXTURE_SETUP(async_pf)
 {
 	struct async_pf *apf = &self->apf;
 	struct env *env = &apf->env;
-	char pid_ns[32] = {};
 	int i;
 
 	if (!kvm_cpu_has(X86_FEATURE_KVM_ASYNC_PF_INT))
 		SKIP(return, "no KVM_FEATURE_ASYNC_PF_INT");
 	/* userfaultfd tells the worker's ID, which is that of the first namespace. */
-	if (readlink("/proc/self/ns/pid", pid_ns, sizeof(pid_ns) - 1) > 0 &&
-	    strcmp(pid_ns, INIT_PID_NS))
+	if (!in_first_pid_namespace())
 		SKIP(return, "not in the first PID namespace");
 
 	install_signal_handler();
