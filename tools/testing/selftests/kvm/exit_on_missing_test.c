@@ -1123,7 +1123,8 @@ static bool is_resident(void *page)
  * While memory is being invalidated, a page that isn't found may be back soon, thus
  * KVM retries, and doesn't exit before the end.  To make that last, drop much more
  * memory than the slot has.  What is last in it is dropped last, i.e. as long as it
- * is there, no exit may have been.
+ * is there, no exit may have been.  KVM on x86 looks for an invalidation before it
+ * looks for the page, too, and either would do here.
  */
 TEST_F(exit_on_missing, invalidation)
 {
