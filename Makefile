@@ -39,7 +39,8 @@ help:
 	@echo '                memory (x86: in boots of two); KERNEL=base: the unpatched one, both: in turns'
 	@echo '  make clean    remove build/ and out/ (refused while the tree has unexported work)'
 	@echo
-	@echo '  ARCH=x86|arm64    one architecture (demo: x86; tests: both); arm64-16k: 16K pages'
+	@echo '  ARCH=x86|arm64    one architecture; default: x86 for demo, bench and client-test, else both;'
+	@echo '                    make test: arm64-16k, too, i.e. 16K pages'
 	@echo '  TESTS="a b"       make test: only these tests, without lint'
 	@echo '  DEBUG=1|kcsan     make test: kernels with KASAN, lockdep and kmemleak; with KCSAN'
 	@echo '  LINUX=path        a 7.3.y kernel, tarball or directory, instead of the package'
