@@ -70,6 +70,12 @@
 #define TEST_HVA_ELSEWHERE	(TEST_HVA + 2 * MAX_HUGE_PAGE)
 #define TEST_HVA_END		(TEST_HVA + 4 * MAX_HUGE_PAGE)
 
+/*
+ * The second mapping.  If a huge page is in two page tables, a fault in the second
+ * one may write below it while the page is split, as xas_find() may go back.
+ */
+#define TEST_HVA_ALIAS		TEST_HVA_END
+
 /* Memory in front of it that no slot has, see unmap_memory(). */
 #define FRONT_SIZE		SZ_32M
 #define FRONT_HVA		(TEST_HVA - FRONT_SIZE)
@@ -2125,7 +2131,8 @@ static const char *env_map_memory(struct env *env)
 	env->hva = TEST_HVA;
 	map_memory(env, env->size);
 	if (env->memfd >= 0) {
-		env->alias = kvm_mmap(env->size, PROT_READ | PROT_WRITE, MAP_SHARED, env->memfd);
+		env->alias = TEST_HVA_ALIAS;
+		map_fixed(env->alias, env->size, PROT_READ | PROT_WRITE, MAP_SHARED, env->memfd);
 		madvise(env->alias, env->size, MADV_NOHUGEPAGE);
 	}
 
